@@ -1,0 +1,186 @@
+"""The few types everything hangs on.
+
+Shape legend, used as suffixes throughout: B batch, S sequence, N supervised tokens (targets),
+C chunk of targets, D hidden, V vocabulary, K support of a teacher's distribution.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+IGNORE_INDEX = -100
+
+
+class UserError(ValueError):
+    """A mistake its user can mend: shown as one or two plain lines, exit code 2."""
+
+
+@dataclass
+class Sample:
+    """One row: a conversation up to the turn to be learnt, its images, and the reference answer.
+
+    `messages` is in chat format; an image part is `{"type": "image"}` in its place, and the
+    k-th image part of the conversation is `images[k]`.
+    """
+
+    id: str
+    messages: list[dict[str, Any]]
+    images: list[Image.Image]
+    answer: str | None
+    kind: str = ""
+    """Free label of the row (a question type, say); validation accuracy is also given per kind."""
+
+
+@dataclass
+class Rejected:
+    """A row that cannot be trained on: named with its reason and counted, never silently lost."""
+
+    id: str
+    reason: str
+    broken: bool
+    """True: the row itself is wrong (unreadable image, no answer); False: too long."""
+
+
+@dataclass
+class Rollout:
+    """A response to a sample. `response_ids` are the ids sampled (or the tokenised answer)."""
+
+    sample: Sample
+    response_ids: list[int]
+    finished: bool
+    policy_step: int
+
+
+@dataclass
+class Inputs:
+    """What one model reads: its own rendering of a batch.
+
+    `target_rows_N` are the positions in the flattened [B*S] whose hidden state predicts a target,
+    in the order of the rows and, within a row, of the response; found in the collator, because
+    searching for them on the device would be a host sync.
+    """
+
+    input_ids_BS: Tensor
+    attention_mask_BS: Tensor
+    target_rows_N: Tensor
+    media: dict[str, Tensor]
+    """Passed verbatim to the model: pixel_values, image_grid_thw, mm_token_type_ids, …"""
+
+    def to(self, device: torch.device | str) -> Inputs:
+        """Copy to `device`, asynchronously from pinned memory."""
+        return dataclasses.replace(
+            self,
+            input_ids_BS=self.input_ids_BS.to(device, non_blocking=True),
+            attention_mask_BS=self.attention_mask_BS.to(device, non_blocking=True),
+            target_rows_N=self.target_rows_N.to(device, non_blocking=True),
+            media={k: v.to(device, non_blocking=True) for k, v in self.media.items()},
+        )
+
+    def model_inputs(self) -> dict[str, Tensor]:
+        """Keyword arguments of the model's forward."""
+        return {
+            "input_ids": self.input_ids_BS,
+            "attention_mask": self.attention_mask_BS,
+            **self.media,
+        }
+
+
+@dataclass
+class Batch:
+    """A micro-batch. Both models' renderings meet only at the N response tokens `labels_N`."""
+
+    student: Inputs
+    teacher: Inputs
+    """The same object as `student` where both render alike (or there is no teacher)."""
+    labels_BS: Tensor
+    """The token that position [b, s] of the student predicts (already shifted); -100 elsewhere."""
+    labels_N: Tensor
+    """The labels that are not -100: `labels_BS.flatten()[student.target_rows_N]`."""
+    samples: list[Sample]
+    rejected: list[Rejected] = field(default_factory=list)
+
+    @property
+    def num_targets(self) -> int:
+        """The number of targets in this batch, known on the host."""
+        return self.labels_N.numel()
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens the student reads, padding included."""
+        return self.student.input_ids_BS.numel()
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Copy all tensors to `device`."""
+        student = self.student.to(device)
+        teacher = student if self.teacher is self.student else self.teacher.to(device)
+        return dataclasses.replace(
+            self,
+            student=student,
+            teacher=teacher,
+            labels_BS=self.labels_BS.to(device, non_blocking=True),
+            labels_N=self.labels_N.to(device, non_blocking=True),
+        )
+
+
+class Source(Protocol):
+    """Where batches come from. `take` never ends: an epoch follows an epoch."""
+
+    def take(self, n: int) -> list[Batch]:
+        """The next `n` micro-batches of this rank (CPU)."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that is needed to go on with the next row; the same on every rank."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on after the row that `state` was taken at, also on another world size."""
+        ...
+
+
+class TeacherTargets(Protocol):
+    """A teacher's word on the N target rows of one batch."""
+
+    def align(
+        self, student_logits_CV: Tensor, rows: slice, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probs (student_logp_CK, teacher_logp_CK) of both models on a common support."""
+        ...
+
+
+class Teacher(Protocol):
+    """A frozen model, wherever it lives."""
+
+    def targets(self, batch: Batch) -> TeacherTargets | None:
+        """Targets for the rows `batch.teacher.target_rows_N`; None: there is no teacher."""
+        ...
+
+
+@dataclass
+class DenseTargets:
+    """The whole distribution, as hidden states and head; logits exist only chunk by chunk."""
+
+    hidden_ND: Tensor
+    weight_VD: Tensor
+    bias_V: Tensor | None = None
+
+    def align(
+        self, student_logits_CV: Tensor, rows: slice, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        """Full softmax of both on the vocabulary prefix they share; fp32 (fp64 stays fp64)."""
+        teacher_logits_CV = torch.nn.functional.linear(
+            self.hidden_ND[rows], self.weight_VD, self.bias_V
+        )
+        vocab = min(student_logits_CV.shape[-1], teacher_logits_CV.shape[-1])
+        dtype = torch.float64 if student_logits_CV.dtype == torch.float64 else torch.float32
+        student, teacher = (
+            (z[:, :vocab].to(dtype) / temperature).log_softmax(-1)
+            for z in (student_logits_CV, teacher_logits_CV)
+        )
+        return student, teacher
