@@ -1,0 +1,22 @@
+"""Rows of data sets, and the batches made of them."""
+
+from kd.data.base import DataConfig, RowError, Rows
+from kd.data.collate import Collator
+from kd.data.digits import DigitsConfig
+from kd.data.render import Prompt, Renderer
+from kd.data.sampler import Split
+from kd.data.stream import BatchStream, as_rows, validation_batches
+
+__all__ = [
+    "BatchStream",
+    "Collator",
+    "DataConfig",
+    "DigitsConfig",
+    "Prompt",
+    "Renderer",
+    "RowError",
+    "Rows",
+    "Split",
+    "as_rows",
+    "validation_batches",
+]

@@ -1,0 +1,88 @@
+"""What every data option shares: its settings, its rows, and how a bad row is told of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from kd.types import Rejected, Sample, UserError
+
+SPLITS = ("train", "validation")
+ON_BROKEN_ROW = ("raise", "drop")
+
+
+class RowError(ValueError):
+    """Why a row cannot be used; a `Rejected` before it leaves the data set or the collator."""
+
+
+class Rows(Protocol):
+    """A map-style data set.
+
+    A bad row is returned, not raised: an exception that leaves a worker process arrives wrapped in
+    a traceback, and its plain lines are lost.
+    """
+
+    def __len__(self) -> int:
+        """Number of rows, bad ones included."""
+        ...
+
+    def __getitem__(self, index: int) -> Sample | Rejected:
+        """Row `index`; always the same for the same index."""
+        ...
+
+
+@dataclass
+class DataConfig:
+    """Settings that every data option has."""
+
+    num_workers: int = 0
+    """Processes that load and render rows ahead; 0: in the training process."""
+    max_length: int = 2048
+    """Tokens of prompt + response. A longer row (for either model) is dropped and counted."""
+    val_samples: int | None = None
+    """Rows of the validation split, a fixed choice; None: all."""
+    on_broken_row: str = "raise"
+    """`raise` stops at a broken row, `drop` counts it and goes on."""
+    shuffle: bool = True
+    system_prompt: str | None = None
+    """Put before conversations that have no system turn of their own."""
+
+    def validate(self) -> None:
+        """Raise UserError on a value that cannot work."""
+        if self.on_broken_row not in ON_BROKEN_ROW:
+            raise UserError(
+                f"data.on_broken_row is '{self.on_broken_row}'; it can be 'raise' or 'drop'."
+            )
+        if self.num_workers < 0:
+            raise UserError(f"data.num_workers is {self.num_workers}; it cannot be negative.")
+        if self.max_length < 2:
+            raise UserError(f"data.max_length is {self.max_length}; it must be at least 2 tokens.")
+        if self.val_samples is not None and self.val_samples < 1:
+            raise UserError(
+                f"data.val_samples is {self.val_samples}; give at least 1, or null for all rows."
+            )
+
+    def build(self, split: str) -> Rows:
+        """The rows of split `train` or `validation`; UserError where the data is not there."""
+        raise NotImplementedError
+
+
+def validation_choice(rows: np.ndarray, val_samples: int | None) -> np.ndarray:
+    """A fixed random choice of `val_samples` of `rows`, in their order; all where it is None."""
+    if val_samples is None:
+        return rows
+    if val_samples > len(rows):
+        raise UserError(
+            f"data.val_samples is {val_samples}, but the validation split has {len(rows)} rows. "
+            f"Lower it, or set it to null to use all."
+        )
+    return np.sort(np.random.default_rng(0).permutation(rows)[:val_samples])
+
+
+def with_system_prompt(messages: list[dict], system_prompt: str | None) -> list[dict]:
+    """`messages`, led by a system turn if there is a prompt for one and none in the row."""
+    if system_prompt is None or messages[0]["role"] == "system":
+        return messages
+    return [{"role": "system", "content": system_prompt}, *messages]

@@ -1,0 +1,179 @@
+"""Rows -> Batch. Legend: B batch, S sequence, N supervised tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from kd.data.base import RowError
+from kd.data.render import Prompt, Renderer
+from kd.types import IGNORE_INDEX, Batch, Inputs, Rejected, Rollout, Sample
+
+BLANK_PX = 32
+
+
+@dataclass
+class _Row:
+    """A row that fits: one prompt per model, one response for both."""
+
+    sample: Sample
+    prompts: list[Prompt]
+    response_ids: list[int]
+
+
+class Collator:
+    """Makes batches of samples (reference answers), rollouts (sampled ids) and rejected rows.
+
+    `teacher` None: the teacher reads what the student reads, or there is none. `lockstep` (more
+    than one rank): a batch without an image gets one more row, a blank image with no target, so
+    that every rank runs the vision tower and thereby the same collectives.
+    """
+
+    def __init__(
+        self, student: Renderer, teacher: Renderer | None, max_length: int, lockstep: bool
+    ):
+        self.student, self.teacher = student, teacher
+        self.max_length, self.lockstep = max_length, lockstep
+
+    @property
+    def renderers(self) -> list[Renderer]:
+        """The student's, and the teacher's where it differs."""
+        return [self.student] if self.teacher is None else [self.student, self.teacher]
+
+    def __call__(self, rows: list[Sample | Rejected | Rollout]) -> Batch:
+        """A right-padded batch; `samples` are the rows of it, in order.
+
+        A row too long in either rendering is never cut but named in `rejected`, and so is one that
+        cannot be rendered. One row may follow those of `samples`: a filler with no target, in a
+        batch with no row left, and in one without an image under `lockstep`.
+        """
+        outcomes = [self._render(row) for row in rows]
+        kept = [row for row in outcomes if isinstance(row, _Row)]
+        rejected = [row for row in outcomes if isinstance(row, Rejected)]
+        samples = [row.sample for row in kept]
+        filled = kept + self._filler(samples)
+        responses = [row.response_ids for row in filled]
+        student, *others = (
+            _pack([row.prompts[m] for row in filled], responses, renderer.pad_token_id)
+            for m, renderer in enumerate(self.renderers)
+        )
+        labels_N = torch.tensor([t for ids in responses for t in ids], dtype=torch.int64)
+        labels_BS = torch.full_like(student.input_ids_BS, IGNORE_INDEX)
+        labels_BS.view(-1)[student.target_rows_N] = labels_N
+        teacher = others[0] if others else student
+        return Batch(student, teacher, labels_BS, labels_N, samples, rejected)
+
+    def prompts(self, samples: list[Sample]) -> Inputs:
+        """The student's prompts, left-padded for generation, without targets.
+
+        A filler row may come last, as in a batch. Raises RowError for a row that `screen` refuses.
+        """
+        prompts = [self.student.prompt(sample) for sample in samples]
+        prompts += [row.prompts[0] for row in self._filler(samples)]
+        return _pack_left(prompts, self.student.pad_token_id)
+
+    def screen(
+        self, rows: list[Sample | Rejected], response_tokens: int
+    ) -> tuple[list[Sample], list[Rejected]]:
+        """Sort out, before generating, what has no room for `response_tokens` or cannot be read."""
+        usable: list[Sample] = []
+        rejected: list[Rejected] = []
+        for row in rows:
+            if isinstance(row, Sample):
+                row = self._render(
+                    Rollout(row, [self.student.pad_token_id] * response_tokens, True, 0)
+                )
+            if isinstance(row, Rejected):
+                rejected.append(row)
+            else:
+                usable.append(row.sample)
+        return usable, rejected
+
+    def _render(self, row: Sample | Rejected | Rollout) -> _Row | Rejected:
+        if isinstance(row, Rejected):
+            return row
+        sample = row.sample if isinstance(row, Rollout) else row
+        try:
+            response_ids = self._response_ids(row)
+            prompts = [renderer.prompt(sample) for renderer in self.renderers]
+        except RowError as error:
+            return Rejected(sample.id, str(error), broken=True)
+        length = max(len(prompt.ids_S) for prompt in prompts) + len(response_ids)
+        if length > self.max_length:
+            reason = f"{length} tokens, more than data.max_length {self.max_length}"
+            return Rejected(sample.id, reason, broken=False)
+        return _Row(sample, prompts, response_ids)
+
+    def _response_ids(self, row: Sample | Rollout) -> list[int]:
+        if isinstance(row, Rollout):
+            return row.response_ids
+        if row.answer is None:
+            raise RowError("it has no answer")
+        return self.student.response(row.answer)
+
+    def _filler(self, samples: list[Sample]) -> list[_Row]:
+        has_image = any(sample.images for sample in samples)
+        if has_image if self.lockstep else samples:
+            return []
+        images = [Image.new("RGB", (BLANK_PX, BLANK_PX))] if self.lockstep else []
+        content = [{"type": "image"} for _ in images] + [{"type": "text", "text": "."}]
+        sample = Sample("filler", [{"role": "user", "content": content}], images, None)
+        return [_Row(sample, [renderer.prompt(sample) for renderer in self.renderers], [])]
+
+
+def _pack(prompts: list[Prompt], responses: list[list[int]], pad_token_id: int) -> Inputs:
+    """Prompt + response per row, padded on the right."""
+    ids = [
+        torch.cat([p.ids_S, torch.tensor(r, dtype=torch.int64)])
+        for p, r in zip(prompts, responses, strict=True)
+    ]
+    input_ids_BS = _pad(ids, pad_token_id, left=False)
+    length = input_ids_BS.shape[1]
+    # Position s predicts token s + 1: the first target is predicted by the prompt's last token.
+    rows = [
+        torch.arange(len(r)) + b * length + len(p.ids_S) - 1
+        for b, (p, r) in enumerate(zip(prompts, responses, strict=True))
+    ]
+    return Inputs(
+        input_ids_BS,
+        _pad([torch.ones_like(row) for row in ids], 0, left=False),
+        torch.cat(rows),
+        _media(prompts, length, left=False),
+    )
+
+
+def _pack_left(prompts: list[Prompt], pad_token_id: int) -> Inputs:
+    input_ids_BS = _pad([p.ids_S for p in prompts], pad_token_id, left=True)
+    return Inputs(
+        input_ids_BS,
+        _pad([torch.ones_like(p.ids_S) for p in prompts], 0, left=True),
+        torch.empty(0, dtype=torch.int64),
+        _media(prompts, input_ids_BS.shape[1], left=True),
+    )
+
+
+def _media(prompts: list[Prompt], length: int, *, left: bool) -> dict[str, Tensor]:
+    """Per-token media with 0 over the response and the padding, the rest joined on dimension 0."""
+    aligned = {
+        name: torch.zeros(len(prompts), length, dtype=x.dtype)
+        for p in prompts
+        for name, x in p.aligned_S.items()
+    }
+    for b, prompt in enumerate(prompts):
+        start = length - len(prompt.ids_S) if left else 0
+        for name, x_S in prompt.aligned_S.items():
+            aligned[name][b, start : start + len(x_S)] = x_S
+    names = dict.fromkeys(name for p in prompts for name in p.media)
+    joined = {
+        name: torch.cat([p.media[name] for p in prompts if name in p.media]) for name in names
+    }
+    return aligned | joined
+
+
+def _pad(rows: list[Tensor], value: int, *, left: bool) -> Tensor:
+    return torch.nn.utils.rnn.pad_sequence(
+        rows, batch_first=True, padding_value=value, padding_side="left" if left else "right"
+    )

@@ -1,0 +1,165 @@
+"""Rows, loaded and collated ahead by worker processes, in the samplers' order."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from multiprocessing.context import ForkServerContext
+from typing import Generic, TypeVar
+
+import torch
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from kd.data.base import Rows
+from kd.data.sampler import Split, TrainSampler, ValidationSampler
+from kd.types import Batch, Inputs, Rejected, Sample, UserError
+
+T = TypeVar("T")
+Collate = Callable[[list[Sample | Rejected]], T]
+
+
+def as_rows(rows: list[Sample | Rejected]) -> list[Sample | Rejected]:
+    """Collation for those who need the rows themselves, to generate responses for them."""
+    return rows
+
+
+class BatchStream(Generic[T]):
+    """Endless micro-batches of this rank, whatever `collate` makes of a list of rows.
+
+    `position` counts the rows that all ranks have been handed, and is all of the state: rows that
+    workers have fetched ahead do not count, and it means the same on any number of ranks and
+    workers. Loading starts with the first `next`.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        collate: Collate[T],
+        split: Split,
+        *,
+        seed: int,
+        shuffle: bool = True,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+    ):
+        if len(rows) == 0:
+            raise UserError("The training split has no rows.")
+        self.rows, self.collate, self.split = rows, collate, split
+        self.seed, self.shuffle = seed, shuffle
+        self.num_workers, self.pin_memory = num_workers, pin_memory
+        self.seek(0)
+
+    def __iter__(self) -> BatchStream[T]:
+        return self
+
+    def __next__(self) -> T:
+        if self._batches is None:
+            self._batches = self._load()
+        batch = next(self._batches)
+        self.position += self.split.stride
+        return batch
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of an epoch, over all ranks."""
+        return len(self.rows)
+
+    def seek(self, position: int) -> None:
+        """Go on after the first `position` rows of the stream."""
+        self.position = position
+        self._batches: Iterator[T] | None = None
+
+    def _load(self) -> Iterator[T]:
+        sampler = TrainSampler(
+            len(self.rows),
+            self.split,
+            seed=self.seed,
+            shuffle=self.shuffle,
+            position=self.position,
+        )
+        return _load(self.rows, self.collate, sampler, self.num_workers, self.pin_memory)
+
+
+def validation_batches(
+    rows: Rows,
+    collate: Collate[T],
+    split: Split,
+    *,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+) -> Iterator[T]:
+    """Every row exactly once over all ranks, in the same number of batches on each.
+
+    The last batches may have no row: what `collate` makes of [] keeps the ranks in step.
+    """
+    return _load(rows, collate, ValidationSampler(len(rows), split), num_workers, pin_memory)
+
+
+def _load(
+    rows: Rows,
+    collate: Collate[T],
+    sampler: Iterable[list[int]],
+    num_workers: int,
+    pin_memory: bool,
+) -> Iterator[T]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
+        loader = StatefulDataLoader(
+            rows,  # type: ignore[arg-type]
+            batch_sampler=sampler,
+            num_workers=num_workers,
+            collate_fn=_Packer(collate),
+            pin_memory=pin_memory,
+            multiprocessing_context=_worker_context() if num_workers else None,
+            # Its own generator: the default would advance torch's global random state here.
+            generator=torch.Generator(),
+        )
+    return (packet.content for packet in loader)
+
+
+def _worker_context() -> ForkServerContext:
+    # Not fork: a copy of a process with threads (OpenMP, NCCL, a logger's) may hang on their locks.
+    context = ForkServerContext()
+    context.set_forkserver_preload(["kd.data"])
+    return context
+
+
+@dataclass
+class _Packet(Generic[T]):
+    """What travels from a worker. The loader pins what has this method, and no other class."""
+
+    content: T
+
+    def pin_memory(self) -> _Packet[T]:
+        return _Packet(_pinned(self.content) if isinstance(self.content, Batch) else self.content)
+
+
+@dataclass
+class _Packer(Generic[T]):
+    collate: Collate[T]
+
+    def __call__(self, rows: list[Sample | Rejected]) -> _Packet[T]:
+        return _Packet(self.collate(rows))
+
+
+def _pinned(batch: Batch) -> Batch:
+    student = _pinned_inputs(batch.student)
+    teacher = student if batch.teacher is batch.student else _pinned_inputs(batch.teacher)
+    return dataclasses.replace(
+        batch,
+        student=student,
+        teacher=teacher,
+        labels_BS=batch.labels_BS.pin_memory(),
+        labels_N=batch.labels_N.pin_memory(),
+    )
+
+
+def _pinned_inputs(inputs: Inputs) -> Inputs:
+    return Inputs(
+        inputs.input_ids_BS.pin_memory(),
+        inputs.attention_mask_BS.pin_memory(),
+        inputs.target_rows_N.pin_memory(),
+        {name: x.pin_memory() for name, x in inputs.media.items()},
+    )
