@@ -2,7 +2,9 @@
 
 from kd.data.base import DataConfig, RowError, Rows
 from kd.data.collate import Collator
+from kd.data.conversations import ConversationsConfig
 from kd.data.digits import DigitsConfig
+from kd.data.medpix import MedPixConfig
 from kd.data.render import Prompt, Renderer
 from kd.data.sampler import Split
 from kd.data.stream import BatchStream, as_rows, validation_batches
@@ -10,8 +12,10 @@ from kd.data.stream import BatchStream, as_rows, validation_batches
 __all__ = [
     "BatchStream",
     "Collator",
+    "ConversationsConfig",
     "DataConfig",
     "DigitsConfig",
+    "MedPixConfig",
     "Prompt",
     "Renderer",
     "RowError",

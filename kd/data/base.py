@@ -11,6 +11,7 @@ from kd.types import Rejected, Sample, UserError
 
 SPLITS = ("train", "validation")
 ON_BROKEN_ROW = ("raise", "drop")
+CORPUS_ROWS = 2000
 
 
 class RowError(ValueError):
@@ -68,6 +69,12 @@ class DataConfig:
         """The rows of split `train` or `validation`; UserError where the data is not there."""
         raise NotImplementedError
 
+    def corpus(self) -> list[str]:
+        """Texts of the first training rows: what a tokenizer made from scratch is trained on."""
+        rows = self.build("train")
+        samples = [rows[i] for i in range(min(len(rows), CORPUS_ROWS))]
+        return [text for s in samples if isinstance(s, Sample) for text in _texts(s)]
+
 
 def validation_choice(rows: np.ndarray, val_samples: int | None) -> np.ndarray:
     """A fixed random choice of `val_samples` of `rows`, in their order; all where it is None."""
@@ -86,3 +93,11 @@ def with_system_prompt(messages: list[dict], system_prompt: str | None) -> list[
     if system_prompt is None or messages[0]["role"] == "system":
         return messages
     return [{"role": "system", "content": system_prompt}, *messages]
+
+
+def _texts(sample: Sample) -> list[str]:
+    contents = [message["content"] for message in sample.messages]
+    parts = [[{"text": c}] if isinstance(c, str) else c for c in contents]
+    return [part["text"] for turn in parts for part in turn if "text" in part] + [
+        sample.answer or ""
+    ]

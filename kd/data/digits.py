@@ -66,7 +66,7 @@ def answer(kind: str, digits: list[int]) -> str:
     return f"Of these, {WORDS[even]} {'is' if even == 1 else 'are'} even."
 
 
-def corpus() -> list[str]:
+def all_texts() -> list[str]:
     """Every question and every answer, once: what a tokenizer for this task is trained on."""
     texts = [question for phrasings in QUESTIONS.values() for question in phrasings]
     texts += [answer(kind, [d]) for kind in QUESTIONS if kind != "count" for d in range(10)]
@@ -113,6 +113,10 @@ class DigitsConfig(DataConfig):
                 f"data.val_samples is {self.val_samples}, but {HELD_OUT_IMAGES} held-out images "
                 f"and {len(self.kinds)} kinds make {most} rows. Lower it or set it to null."
             )
+
+    def corpus(self) -> list[str]:
+        """All there is to ask and to answer, whatever the kinds and images."""
+        return all_texts()
 
     def build(self, split: str) -> DigitRows:
         """Rows of split `train` (the pool) or `validation` (the held-out images)."""

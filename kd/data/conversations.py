@@ -1,0 +1,119 @@
+"""The user's own conversations, with images in any turn or none. See docs/data.md."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kd.data.base import SPLITS, DataConfig, validation_choice
+from kd.data.images import ImageLoader
+from kd.data.messages import Parsed, parse_conversation
+from kd.data.rows import TableRows, column
+from kd.data.tables import ArrowTable, Table, open_table
+from kd.types import UserError
+
+
+@dataclass
+class ConversationsConfig(DataConfig):
+    """Rows with a `messages` column; the last assistant turn is learnt, the others are context."""
+
+    path: str = ""
+    """A .jsonl or .parquet file, a glob of such, a folder of Parquet files, or owner/name."""
+    split: str = "train"
+    """Of a folder or hub data set."""
+    revision: str | None = None
+    """Of a hub data set: a commit, tag or branch."""
+    validation_path: str | None = None
+    validation_split: str | None = None
+    """Of `validation_path`, or of `path` where that is not given."""
+    val_fraction: float = 0.05
+    """Without either of them, so much of `path` is held out, always the same rows."""
+    messages_column: str = "messages"
+    images_column: str = "images"
+    """May be missing, from all rows or some."""
+    id_column: str | None = None
+    """Names rows in messages; None: file and line."""
+    kind_column: str | None = None
+    """Validation accuracy is also given per value of it."""
+    require_answer: bool = True
+    """False: a row may end without an answer; rollouts can use it as a prompt."""
+    image_root: str | None = None
+    """What image paths are relative to; None: the folder of the data file."""
+    allow_http: bool = False
+    http_timeout_s: float = 20.0
+    max_image_pixels: int = 50_000_000
+    max_image_bytes: int = 50_000_000
+
+    def validate(self) -> None:
+        """Raise UserError on a value that cannot work."""
+        super().validate()
+        if not self.path:
+            raise UserError("data.path is not set. Give a file, a folder, a glob or owner/name.")
+        if not 0 <= self.val_fraction < 1:
+            raise UserError(f"data.val_fraction is {self.val_fraction}; it is at least 0, below 1.")
+        if self.max_image_pixels < 1 or self.max_image_bytes < 1 or self.http_timeout_s <= 0:
+            raise UserError(
+                "data.max_image_pixels, max_image_bytes, http_timeout_s must be above 0."
+            )
+
+    def build(self, split: str) -> TableRows:
+        """Rows of split `train` or `validation`; UserError where the data is not there."""
+        self.validate()
+        assert split in SPLITS, split
+        if not self._separate_validation:
+            return self._held_out(split)
+        if split == "train":
+            table = self._open(self.path, self.split)
+            return self._rows(table, np.arange(len(table)))
+        table = self._open(self.validation_path or self.path, self.validation_split or self.split)
+        return self._rows(table, validation_choice(np.arange(len(table)), self.val_samples))
+
+    def parse(self, row: dict[str, Any]) -> Parsed:
+        """The conversation in a row; RowError with what is wrong."""
+        messages = column(row, self.messages_column)
+        images = row.get(self.images_column)
+        return parse_conversation(messages, images, require_answer=self.require_answer)
+
+    @property
+    def _separate_validation(self) -> bool:
+        return self.validation_path is not None or self.validation_split is not None
+
+    def _held_out(self, split: str) -> TableRows:
+        table = self._open(self.path, self.split)
+        count = round(self.val_fraction * len(table))
+        order = np.random.default_rng(0).permutation(len(table))
+        if split == "train":
+            return self._rows(table, np.sort(order[count:]))
+        if count == 0:
+            raise UserError(
+                f"data.val_fraction {self.val_fraction} of {len(table)} rows leaves no row to "
+                f"validate on. Raise it, or set data.validation_path or data.validation_split."
+            )
+        return self._rows(table, validation_choice(np.sort(order[:count]), self.val_samples))
+
+    def _open(self, path: str, split: str) -> Table:
+        table = open_table(path, split, self.revision)
+        if isinstance(table, ArrowTable):
+            table.require([self.messages_column])
+        return table
+
+    def _rows(self, table: Table, index: np.ndarray) -> TableRows:
+        images = ImageLoader(
+            Path(self.image_root) if self.image_root else table.root,
+            self.allow_http,
+            self.max_image_pixels,
+            self.max_image_bytes,
+            self.http_timeout_s,
+        )
+        return TableRows(
+            table,
+            index,
+            self.parse,
+            images,
+            id_column=self.id_column,
+            kind_column=self.kind_column,
+            system_prompt=self.system_prompt,
+        )
