@@ -1,0 +1,6 @@
+"""Ranks, meshes and sharding."""
+
+from kd.parallel.shard import blocks, shard
+from kd.parallel.world import DTYPES, ParallelConfig, World
+
+__all__ = ["DTYPES", "ParallelConfig", "World", "blocks", "shard"]

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch.distributed as dist
 
+from kd.rollout.config import RolloutConfig
 from kd.rollout.rejections import Rejections
 from kd.types import Batch, UserError
 
@@ -31,11 +32,8 @@ class Stream(Protocol):
 
 
 @dataclass
-class DatasetRollout:
+class DatasetRollout(RolloutConfig):
     """Off-policy: the data set's own answers."""
-
-    def validate(self) -> None:
-        """Nothing can be wrong."""
 
     def build(self, stream: Stream, on_broken_row: str) -> DatasetSource:
         """A source of the batches of `stream`."""

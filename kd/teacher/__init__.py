@@ -1,0 +1,17 @@
+"""Where the teacher lives."""
+
+from kd.teacher.local import (
+    LocalTeacher,
+    LocalTeacherConfig,
+    NoTeacher,
+    NoTeacherConfig,
+    TeacherConfig,
+)
+
+__all__ = [
+    "LocalTeacher",
+    "LocalTeacherConfig",
+    "NoTeacher",
+    "NoTeacherConfig",
+    "TeacherConfig",
+]

@@ -1,0 +1,206 @@
+"""The root configs, what Hydra knows of them, and which combinations make no sense."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+from kd.checkpoint import CheckpointConfig
+from kd.data import ConversationsConfig, DataConfig, DigitsConfig, MedPixConfig
+from kd.logger import DefaultLoggerConfig, LoggerConfig, WandbLoggerConfig
+from kd.loss import ForwardKLConfig, JSDConfig, LossConfig, ReverseKLConfig
+from kd.model import ModelConfig, PretrainedModel, ScratchModel
+from kd.optim import OptimConfig
+from kd.parallel import ParallelConfig
+from kd.rollout import DatasetRollout, RolloutConfig
+from kd.rundir import RunConfig
+from kd.teacher import LocalTeacherConfig, NoTeacherConfig, TeacherConfig
+from kd.types import UserError
+
+
+@dataclass
+class TrainConfig:
+    """How long, and what one optimizer step consists of."""
+
+    max_steps: int = 100
+    micro_batch_size: int = 1
+    """Rows that one rank reads at once."""
+    grad_accum: int | None = None
+    """Micro-batches per optimizer step; None: what `global_batch_size` leaves."""
+    global_batch_size: int | None = None
+    """Rows per optimizer step over all ranks; None: what the other two give."""
+    max_grad_norm: float = 1.0
+    log_every: int = 1
+    val_every: int | None = None
+    """Validate after so many steps, and at the end; None: never."""
+    save_every: int | None = None
+    """Checkpoint after so many steps, and at the end; None: at the end only."""
+    export: str = "last"
+    """Which weights are exported: last, or best by checkpoint.best_metric."""
+
+    def validate(self) -> None:
+        """Refuse values out of range."""
+        for name in ("max_steps", "micro_batch_size", "log_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"train.{name}={getattr(self, name)}: must be at least 1")
+        for name in ("grad_accum", "global_batch_size", "val_every", "save_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"train.{name}={value}: must be at least 1, or null")
+        if not self.max_grad_norm > 0:
+            raise UserError(f"train.max_grad_norm={self.max_grad_norm}: must be above 0")
+        if self.export not in ("last", "best"):
+            raise UserError(f"train.export={self.export}: use last or best")
+
+    def resolve(self, ranks: int) -> None:
+        """Settle `grad_accum` and `global_batch_size`; refuse three numbers that disagree."""
+        rows = self.micro_batch_size * ranks
+        if self.grad_accum is None:
+            self.grad_accum = max(1, (self.global_batch_size or rows) // rows)
+        if self.global_batch_size is None:
+            self.global_batch_size = rows * self.grad_accum
+        if self.global_batch_size != rows * self.grad_accum:
+            raise UserError(
+                f"train.global_batch_size={self.global_batch_size} is not micro_batch_size "
+                f"{self.micro_batch_size} x {ranks} ranks x grad_accum {self.grad_accum}: "
+                "change one of them"
+            )
+
+
+@dataclass
+class ValidationConfig:
+    """What is measured on the validation split."""
+
+    max_new_tokens: int = 64
+    generate: bool = True
+    """Answer the questions and compare with the reference; False: losses only."""
+    batch_size: int = 16
+    report_samples: int = 24
+    """Answered rows that go to samples.jsonl, the report and wandb."""
+
+    def validate(self) -> None:
+        """Refuse values out of range."""
+        if self.max_new_tokens < 1 or self.batch_size < 1 or self.report_samples < 0:
+            raise UserError("validation: max_new_tokens and batch_size must be at least 1")
+
+
+@dataclass
+class VlmKDConfig:
+    """Root of `recipes/vlm_kd.py`."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    kd_ratio: float = 0.5
+    """Share of the KD loss; 0: cross-entropy alone, 1: KD alone."""
+    student: ModelConfig = field(default_factory=ModelConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    dry_run: bool = False
+    """Check everything, count, print the plan, and end."""
+    traceback: bool = False
+    """Show a mistake's traceback as well as its plain words."""
+
+
+OPTIONS: dict[str, dict[str, type]] = {
+    "student": {"pretrained": PretrainedModel, "scratch": ScratchModel},
+    "teacher": {"local": LocalTeacherConfig, "none": NoTeacherConfig},
+    "data": {
+        "digits": DigitsConfig,
+        "medpix": MedPixConfig,
+        "conversations": ConversationsConfig,
+    },
+    "loss": {"forward_kl": ForwardKLConfig, "reverse_kl": ReverseKLConfig, "jsd": JSDConfig},
+    "rollout": {"dataset": DatasetRollout},
+    "parallel": {"fsdp": ParallelConfig},
+    "optim": {"adamw": OptimConfig},
+    "logger": {
+        "jsonl": LoggerConfig,
+        "default": DefaultLoggerConfig,
+        "wandb": WandbLoggerConfig,
+    },
+}
+
+
+def register() -> None:
+    """Tell Hydra every option's schema, as `<option>_schema` in its group."""
+    store = ConfigStore.instance()
+    store.store(name="vlm_kd_schema", node=VlmKDConfig)
+    for group, options in OPTIONS.items():
+        for name, schema in options.items():
+            store.store(group=group, name=f"{name}_schema", node=schema)
+
+
+def to_object(config: DictConfig) -> VlmKDConfig:
+    """The typed config. A key that no dataclass has is refused, also where `+` forced it in."""
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        raise UserError(f"{missing[0]} has no value: give one, e.g. {missing[0]}=…")
+    typed = OmegaConf.to_object(config)
+    assert isinstance(typed, VlmKDConfig)
+    _refuse_unknown(config, typed, "")
+    return typed
+
+
+def _refuse_unknown(config: DictConfig, typed: Any, prefix: str) -> None:
+    known = {f.name for f in dataclasses.fields(typed)}
+    for key in config:
+        if key not in known:
+            raise UserError(
+                f"unknown config key {prefix}{key}; known here: {', '.join(sorted(known))}"
+            )
+        child = getattr(typed, str(key))
+        if dataclasses.is_dataclass(child):
+            _refuse_unknown(config[key], child, f"{prefix}{key}.")
+
+
+def validate(config: VlmKDConfig) -> None:
+    """Refuse what cannot work, with what to change. Settles the batch sizes."""
+    config.run.validate()
+    config.train.validate()
+    config.validation.validate()
+    config.checkpoint.validate()
+    config.student.validate("student")
+    config.teacher.validate("teacher")
+    config.data.validate()
+    config.loss.validate()
+    config.rollout.validate()
+    config.parallel.validate()
+    config.optim.validate()
+    config.logger.validate()
+    if not 0 <= config.kd_ratio <= 1:
+        raise UserError(f"kd_ratio={config.kd_ratio}: must be in [0, 1]")
+    has_teacher = not isinstance(config.teacher, NoTeacherConfig)
+    if config.kd_ratio > 0 and not has_teacher:
+        raise UserError(
+            f"kd_ratio={config.kd_ratio} needs a teacher: choose one with teacher=…, or kd_ratio=0"
+        )
+    if config.kd_ratio == 0 and has_teacher:
+        raise UserError(
+            "kd_ratio=0 never asks the teacher: use teacher=none, which does not load it"
+        )
+    if config.student.dtype != "float32":
+        raise UserError(
+            f"student.dtype={config.student.dtype}: the trained weights are kept in float32 (small "
+            "updates vanish otherwise); parallel.compute_dtype sets what it computes in"
+        )
+    if config.train.export == "best" and config.checkpoint.best_metric is None:
+        raise UserError("train.export=best needs checkpoint.best_metric")
+    if config.checkpoint.best_metric is not None and config.train.val_every is None:
+        raise UserError("checkpoint.best_metric needs train.val_every")
+    if config.optim.warmup_steps > config.train.max_steps:
+        raise UserError(
+            f"optim.warmup_steps={config.optim.warmup_steps} exceeds "
+            f"train.max_steps={config.train.max_steps}"
+        )
+    config.train.resolve(config.parallel.num_ranks())

@@ -1,0 +1,233 @@
+"""Which model, where its weights come from, and how its processor sees an image."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
+from transformers.initialization import no_init_weights
+
+from kd.model.tiny import build_processor
+from kd.types import UserError
+
+
+@dataclass
+class ProcessorConfig:
+    """How one model renders a prompt and its images."""
+
+    name: str | None = None
+    """Folder or hub name; None: the model's own."""
+    revision: str | None = None
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    """Bounds on the pixels of an image after resizing; None: the processor's own."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Passed to the chat template, e.g. {enable_thinking: false}."""
+
+    def validate(self, key: str) -> None:
+        """Refuse pixel bounds that no image can meet."""
+        low, high = self.min_pixels or 1, self.max_pixels
+        if low < 1 or (high is not None and high < low):
+            raise UserError(
+                f"{key}.processor: min_pixels={self.min_pixels}, max_pixels={high}: "
+                "give 1 <= min_pixels <= max_pixels"
+            )
+
+    def apply_pixels(self, processor: ProcessorMixin) -> ProcessorMixin:
+        """Set the pixel bounds on the image processor."""
+        if self.min_pixels is None and self.max_pixels is None:
+            return processor
+        size = dict(processor.image_processor.size)
+        if "shortest_edge" not in size or "longest_edge" not in size:
+            raise UserError(
+                f"{type(processor.image_processor).__name__} has no pixel bounds: remove "
+                "processor.min_pixels and processor.max_pixels"
+            )
+        size["shortest_edge"] = self.min_pixels or size["shortest_edge"]
+        size["longest_edge"] = self.max_pixels or size["longest_edge"]
+        if size["shortest_edge"] > size["longest_edge"]:
+            raise UserError(
+                f"processor: {size['shortest_edge']} pixels at least and {size['longest_edge']} at "
+                "most: set both processor.min_pixels and processor.max_pixels"
+            )
+        processor.image_processor.size = size
+        return processor
+
+
+@dataclass
+class ModelConfig:
+    """Fields shared by every way to come by a vision-language model."""
+
+    architecture: dict[str, Any] = field(default_factory=dict)
+    """The model's `config.json` as far as it differs from the family's defaults. It is the model
+    itself for `scratch`; for pretrained ones it serves dry runs, which need no network."""
+    processor: ProcessorConfig = field(default_factory=ProcessorConfig)
+    dtype: str = "float32"
+    """In which the weights are held; the trained model's should be float32."""
+    attn_implementation: str = "sdpa"
+    freeze: list[str] = field(default_factory=list)
+    """Parts that are not trained: names of submodules, such as `model.visual`."""
+    export_dtype: str = "bfloat16"
+    """In which the exported weights are written."""
+
+    def validate(self, key: str) -> None:
+        """Refuse values out of range; `key` is where this config stands."""
+        for name in ("dtype", "export_dtype"):
+            if getattr(self, name) not in ("float32", "bfloat16", "float16"):
+                raise UserError(
+                    f"{key}.{name}={getattr(self, name)}: use float32, bfloat16 or float16"
+                )
+        self.processor.validate(key)
+
+    def dry_config(self) -> PreTrainedConfig:
+        """The architecture without weights or network."""
+        if "model_type" not in self.architecture:
+            raise UserError(
+                "no architecture to build without weights: give `architecture` with a `model_type`"
+            )
+        values = dict(self.architecture)
+        try:
+            return AutoConfig.for_model(values.pop("model_type"), **values)
+        except Exception as error:  # transformers raises many kinds for a wrong value
+            raise UserError(f"architecture: {_first_line(error)}") from error
+
+    def build_processor(self, corpus: Callable[[], list[str]]) -> ProcessorMixin:
+        """The model's processor; `corpus` trains the tokenizer of a model made from scratch."""
+        raise NotImplementedError
+
+    def build(self, processor: ProcessorMixin, *, with_weights: bool) -> PreTrainedModel:
+        """The model on the CPU. `with_weights=False` gives uninitialised memory of its shapes."""
+        raise NotImplementedError
+
+    def meta_model(self) -> PreTrainedModel:
+        """The model on the meta device, for counting."""
+        with torch.device("meta"):
+            return _from_config(self.dry_config(), self)
+
+
+@dataclass
+class PretrainedModel(ModelConfig):
+    """Weights from a folder or the hub."""
+
+    name: str = "???"
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+    def build_processor(self, corpus: Callable[[], list[str]]) -> ProcessorMixin:
+        """The processor that belongs to the model, or the one named by `processor.name`."""
+        name = self.processor.name or self.name
+        revision = self.processor.revision if self.processor.name else self.revision
+        with _plain_errors(name, revision):
+            processor = AutoProcessor.from_pretrained(
+                name, revision=revision, trust_remote_code=self.trust_remote_code
+            )
+        if not isinstance(processor, ProcessorMixin) or not hasattr(processor, "image_processor"):
+            raise UserError(
+                f"{name}: its processor ({type(processor).__name__}) has no image part; "
+                "kd distils models that read images"
+            )
+        return self.processor.apply_pixels(processor)
+
+    def build(self, processor: ProcessorMixin, *, with_weights: bool) -> PreTrainedModel:
+        """`AutoModelForImageTextToText.from_pretrained`."""
+        with _plain_errors(self.name, self.revision):
+            config = AutoConfig.from_pretrained(
+                self.name, revision=self.revision, trust_remote_code=self.trust_remote_code
+            )
+            if not self.trust_remote_code:
+                _check_images(self.name, config)
+            if not with_weights:
+                with no_init_weights():
+                    return _from_config(config, self)
+            return AutoModelForImageTextToText.from_pretrained(
+                self.name,
+                revision=self.revision,
+                dtype=self.dtype,
+                attn_implementation=self.attn_implementation,
+                trust_remote_code=self.trust_remote_code,
+            )
+
+
+@dataclass
+class ScratchModel(ModelConfig):
+    """Random weights of a given architecture, with a tokenizer trained on the data's texts."""
+
+    seed: int = 0
+    vocab_size: int = 512
+    """Largest vocabulary of the tokenizer; the model's has the size that the texts fill."""
+    export_dtype: str = "float32"
+
+    def build_processor(self, corpus: Callable[[], list[str]]) -> ProcessorMixin:
+        """A tokenizer trained on `corpus`, or the processor named by `processor.name`."""
+        if self.processor.name is not None:
+            named = PretrainedModel(name=self.processor.name, processor=self.processor)
+            return named.build_processor(corpus)
+        return self.processor.apply_pixels(build_processor(corpus(), self.vocab_size))
+
+    def build(self, processor: ProcessorMixin, *, with_weights: bool) -> PreTrainedModel:
+        """The architecture with the vocabulary and special tokens of `processor`."""
+        config = self.dry_config()
+        tokenizer = processor.tokenizer
+        text = config.get_text_config()
+        text.vocab_size = len(tokenizer)
+        text.eos_token_id = tokenizer.eos_token_id
+        text.pad_token_id = tokenizer.pad_token_id
+        config.image_token_id = processor.image_token_id
+        config.video_token_id = processor.video_token_id
+        config.vision_start_token_id = processor.vision_start_token_id
+        config.vision_end_token_id = processor.vision_end_token_id
+        if not with_weights:
+            with no_init_weights():
+                return _from_config(config, self)
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed)
+            return _from_config(config, self)
+
+
+def _from_config(config: PreTrainedConfig, spec: ModelConfig) -> PreTrainedModel:
+    return AutoModelForImageTextToText.from_config(
+        config, dtype=spec.dtype, attn_implementation=spec.attn_implementation
+    )
+
+
+def _check_images(name: str, config: PreTrainedConfig) -> None:
+    # Some families list their text-only sibling in the mapping too.
+    known = type(config) in AutoModelForImageTextToText._model_mapping
+    if not known or not hasattr(config, "vision_config"):
+        raise UserError(
+            f"{name} ({config.model_type}) has no image part: kd needs a model that "
+            "AutoModelForImageTextToText loads and that reads images"
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
+
+
+@contextlib.contextmanager
+def _plain_errors(name: str, revision: str | None) -> Iterator[None]:
+    at = f" at revision {revision}" if revision else ""
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:
+        if Path(name).is_dir():
+            hint = "the folder holds no model that transformers can read"
+        elif name.startswith((".", "/", "~")) or name.count("/") > 1:
+            hint = "there is no such folder"
+        else:
+            hint = "no such folder, and the hub could not give it (network, name, access token?)"
+        raise UserError(f"cannot load {name}{at}: {hint}\n({_first_line(error)})") from error

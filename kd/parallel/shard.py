@@ -1,0 +1,56 @@
+"""FSDP2: which modules form a group, and how weights reach the ranks.
+
+`fully_shard` groups: every transformer block (language and vision), the input embedding where it is
+not tied to the head, and the root with the rest. The head stays in the root group, which is whole
+from the start of the forward to the end of the backward, so the loss can read its plain weight.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+from transformers import PreTrainedModel
+
+from kd.parallel.world import DTYPES, ParallelConfig, World
+
+
+def blocks(model: PreTrainedModel) -> list[nn.Module]:
+    """The repeated blocks of `model`, as the model's own class names them."""
+    names = set(model._no_split_modules or ())
+    return [module for module in model.modules() if type(module).__name__ in names]
+
+
+def shard(
+    root: nn.Module,
+    model: PreTrainedModel,
+    world: World,
+    config: ParallelConfig,
+    *,
+    cpu_offload: bool = False,
+) -> None:
+    """Shard `model`, held by the module `root`, in place over the mesh.
+
+    Rank 0's weights win: the other ranks may hold anything of the right shape before.
+    """
+    # A reference to rank 0's whole tensors: sharding keeps only slices of them.
+    full = root.state_dict() if world.is_main and world.size > 1 else {}
+    policy = MixedPrecisionPolicy(
+        param_dtype=DTYPES[config.compute_dtype], reduce_dtype=DTYPES[config.reduce_dtype]
+    )
+    offload = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
+    groups = blocks(model)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if embedding.weight is not head.weight:
+        groups.append(embedding)
+    for group in groups:
+        fully_shard(group, mesh=world.mesh, mp_policy=policy, offload_policy=offload)
+    fully_shard(root, mesh=world.mesh, mp_policy=policy, offload_policy=offload)
+    if world.size > 1:
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        set_model_state_dict(root, full, options=options)

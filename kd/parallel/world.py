@@ -1,0 +1,152 @@
+"""Ranks: the process group, the device mesh and the few collectives the recipes use."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from kd.types import UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+T = TypeVar("T")
+
+
+@dataclass
+class ParallelConfig:
+    """How ranks are laid out and in which precision they compute (FSDP2 and HSDP)."""
+
+    nproc: int = 1
+    """Ranks that `kd.run` starts itself; leave at 1 under torchrun or SLURM."""
+    dp_replicate: int = 1
+    """Copies of the sharded model (HSDP); the rest of the ranks shard each copy."""
+    device: str = "auto"
+    """auto (CUDA if there is one), cpu or cuda."""
+    compute_dtype: str = "float32"
+    """Weights are cast to it for forward and backward; the sharded master weights stay float32."""
+    reduce_dtype: str = "float32"
+    """Gradients are reduced and accumulated in it."""
+    activation_checkpointing: bool = False
+    sync_every_micro_batch: bool = False
+    """True: reduce-scatter after each micro-batch, which keeps only sharded gradients in memory;
+    False: once per optimizer step, which saves traffic and keeps unsharded gradients."""
+    cpu_threads: int = 0
+    """Threads of each rank on a CPU; 0: the machine's cores divided among the local ranks."""
+    timeout_s: int = 1800
+
+    def validate(self) -> None:
+        """Refuse values out of range."""
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise UserError(f"parallel.device={self.device}: use auto, cpu or cuda")
+        for name in ("compute_dtype", "reduce_dtype"):
+            if getattr(self, name) not in DTYPES:
+                raise UserError(
+                    f"parallel.{name}={getattr(self, name)}: use one of {', '.join(DTYPES)}"
+                )
+        if self.nproc < 1:
+            raise UserError(f"parallel.nproc={self.nproc}: at least one rank is needed")
+        ranks = self.num_ranks()
+        if self.dp_replicate < 1 or ranks % self.dp_replicate:
+            raise UserError(
+                f"parallel.dp_replicate={self.dp_replicate} does not divide the {ranks} ranks"
+            )
+
+    def num_ranks(self) -> int:
+        """Ranks of the run: those of the launcher if there is one, else `nproc`."""
+        return int(os.environ.get("WORLD_SIZE", self.nproc))
+
+    def device_type(self) -> str:
+        """`cpu` or `cuda`."""
+        if self.device == "auto":
+            return "cuda" if torch.cuda.is_available() else "cpu"
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise UserError("parallel.device=cuda: no CUDA device here; use cpu or auto")
+        return self.device
+
+    def build(self) -> World:
+        """Join the process group and lay out the mesh."""
+        device_type = self.device_type()
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        if device_type == "cuda":
+            device = torch.device("cuda", local_rank)
+            torch.cuda.set_device(device)
+        else:
+            device = torch.device("cpu")
+            local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+            torch.set_num_threads(
+                self.cpu_threads or max(1, len(os.sched_getaffinity(0)) // local_ranks)
+            )
+        _init_process_group(device, self.timeout_s)
+        size = dist.get_world_size()
+        shape = (self.dp_replicate, size // self.dp_replicate)
+        mesh = (
+            init_device_mesh(device_type, shape, mesh_dim_names=("dp_replicate", "dp_shard"))
+            if self.dp_replicate > 1
+            else init_device_mesh(device_type, (size,), mesh_dim_names=("dp_shard",))
+        )
+        return World(mesh, device, dist.get_rank(), size)
+
+
+def _init_process_group(device: torch.device, timeout_s: int) -> None:
+    timeout = datetime.timedelta(seconds=timeout_s)
+    # gloo beside nccl: asynchronous checkpoints and object collectives run on the CPU.
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:  # one process: no address, no port
+        dist.init_process_group(
+            backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
+        )
+
+
+@dataclass(frozen=True)
+class World:
+    """One rank and its place among all ranks."""
+
+    mesh: DeviceMesh
+    device: torch.device
+    rank: int
+    size: int
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes files and speaks to the user."""
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over all ranks; `values` stays as it is."""
+        total = values.detach().clone()
+        dist.all_reduce(total)
+        return total
+
+    def sum_ints(self, *values: int) -> list[int]:
+        """The sums over all ranks of numbers known on the host, without a device sync."""
+        total = torch.tensor(values, dtype=torch.int64)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def gather(self, value: T) -> list[T]:
+        """The picklable values of all ranks, in rank order, on every rank."""
+        values: list[T] = [value] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def broadcast(self, value: T) -> T:
+        """Rank 0's picklable value on every rank."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        return box[0]
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        dist.barrier()
+
+    def close(self) -> None:
+        """Leave the process group, so that another run in this process can start."""
+        dist.destroy_process_group()

@@ -1,0 +1,149 @@
+"""The front door: `python -m kd.run --config-name digits_kd [key=value …]`.
+
+Composes the config, checks it, and launches: in this process, as one rank of a torchrun or SLURM
+job, or (parallel.nproc=N) by starting the ranks itself. A user's mistake ends in one or two plain
+lines and exit code 2.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from kd.config import VlmKDConfig, register, to_object, validate
+from kd.types import UserError
+from recipes import vlm_kd
+
+USER_ERRORS = (UserError, HydraException, OmegaConfBaseException)
+
+failed_points: list[str] = []
+
+# Hydra keeps its hands off the file system: the run directory belongs to the recipe, and it must
+# not depend on the clock, or ranks would disagree and a run could not be resumed.
+HYDRA_SETTINGS = (
+    "hydra.run.dir=.",
+    "hydra.output_subdir=null",
+    "hydra/job_logging=none",
+    "hydra/hydra_logging=none",
+    "hydra.sweep.dir=.",
+    "hydra.sweep.subdir=.",
+)
+
+
+def config_dir() -> str:
+    """The shipped configs: inside the installed package, or beside it in a checkout."""
+    inside = Path(__file__).parent / "configs"
+    return str(inside if inside.is_dir() else Path(__file__).parents[1] / "configs")
+
+
+def run(config: DictConfig) -> None:
+    """One job: a single run, or one point of a sweep; a failed point does not end the sweep."""
+    hydra_config = HydraConfig.get()
+    try:
+        run_job(config, hydra_config)
+    except USER_ERRORS as error:
+        if config.get("traceback"):
+            raise
+        complain(error)
+        if hydra_config.mode != RunMode.MULTIRUN:
+            raise SystemExit(2) from None
+        failed_points.append(hydra_config.job.override_dirname)
+
+
+def run_job(config: DictConfig, hydra_config: DictConfig) -> None:
+    """Check the config and launch."""
+    if hydra_config.job.config_name is None:
+        raise UserError("name a config, e.g. --config-name digits_kd")
+    overrides = list(hydra_config.overrides.task)
+    if hydra_config.mode == RunMode.MULTIRUN:
+        name_sweep_point(config, hydra_config.job.override_dirname)
+    typed = to_object(config)
+    validate(typed)
+    if typed.parallel.nproc > 1 and "RANK" not in os.environ and not typed.dry_run:
+        launch_ranks(typed, hydra_config, [*overrides, f"run.name={typed.run.name}"])
+    else:
+        vlm_kd.main(typed, overrides)
+
+
+def name_sweep_point(config: DictConfig, override_dirname: str) -> None:
+    """Give each point of a sweep its own run directory, below `<run.name>_sweep`."""
+    if "run.name=" not in override_dirname:
+        config.run.name = f"{config.run.name}_sweep/{override_dirname.replace('/', '.')}"
+
+
+def launch_ranks(typed: VlmKDConfig, hydra_config: DictConfig, overrides: list[str]) -> None:
+    """Start `parallel.nproc` ranks on this machine and wait for them."""
+    sources = [s.path for s in hydra_config.runtime.config_sources if s.provider == "command-line"]
+    command = ["-m", "kd.run", "--config-name", hydra_config.job.config_name]
+    command += [f"--config-dir={path}" for path in sources]
+    settings = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=typed.parallel.nproc,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        run_id=f"kd_{os.getpid()}",
+        max_restarts=0,
+        local_addr="localhost",
+    )
+    try:
+        elastic_launch(settings, sys.executable)(*command, *overrides)
+    except ChildFailedError as error:
+        # The rank has said what was wrong.
+        _, failure = error.get_first_failure()
+        raise SystemExit(failure.exitcode if failure.exitcode > 0 else 1) from None
+
+
+def plain_words(error: Exception) -> str:
+    """At most two lines."""
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    return "\n".join(lines[:2]) or type(error).__name__
+
+
+def complain(error: Exception) -> None:
+    """Say what is wrong, and on which rank."""
+    rank = os.environ.get("RANK", "0")
+    prefix = "" if rank == "0" else f"[rank {rank}] "
+    print(f"{prefix}error: {plain_words(error)}", file=sys.stderr)
+
+
+def is_override(arg: str) -> bool:
+    """Whether a word of the command line is `key=value` rather than an option or its value."""
+    return "=" in arg and not arg.startswith("-")
+
+
+def main() -> None:
+    """Compose, run, and turn mistakes into plain words."""
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach us instead of Hydra's printer
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for noisy in ("httpx", "torch.distributed", "torch.distributed.elastic", "datasets"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    register()
+    # argparse wants all overrides in one piece.
+    first = next((i for i, arg in enumerate(sys.argv) if i and is_override(arg)), len(sys.argv))
+    sys.argv[first:first] = HYDRA_SETTINGS
+    try:
+        hydra.main(version_base="1.3", config_path=config_dir(), config_name=None)(run)()
+    except (HydraException, OmegaConfBaseException) as error:  # before there was a job
+        complain(error)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    if failed_points:
+        complain(UserError(f"points of the sweep that failed: {', '.join(failed_points)}"))
+        raise SystemExit(2)
+
+
+if __name__ == "__main__":
+    main()

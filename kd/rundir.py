@@ -1,0 +1,139 @@
+"""The run directory: one folder per run, of one config, that the same command resumes."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from kd.checkpoint import write_atomic
+from kd.parallel import World
+from kd.types import UserError
+
+# What may change between a run and its continuation: none of it changes what is computed.
+# The split of a global batch over ranks may, too: `train.global_batch_size` is compared instead.
+FREE_KEYS = (
+    "run.dir",
+    "run.resume",
+    "parallel",
+    "logger",
+    "checkpoint",
+    "traceback",
+    "data.num_workers",
+    "train.micro_batch_size",
+    "train.grad_accum",
+    "train.log_every",
+    "train.save_every",
+)
+
+
+@dataclass
+class RunConfig:
+    """Where a run lives."""
+
+    name: str = "???"
+    """Folder of the run below `dir`."""
+    dir: str = "runs"
+    seed: int = 0
+    resume: bool = True
+    """False: refuse a folder that already holds a run."""
+
+    def validate(self) -> None:
+        """Refuse names that are no folder below `dir`."""
+        if not self.name or Path(self.name).is_absolute() or ".." in Path(self.name).parts:
+            raise UserError(f"run.name={self.name!r}: give the name of a folder below run.dir")
+
+    @property
+    def path(self) -> Path:
+        """The run directory."""
+        return Path(self.dir) / self.name
+
+
+class RunDir:
+    """`runs/<name>/`, shared by all ranks; rank 0 writes."""
+
+    def __init__(self, path: Path, world: World) -> None:
+        self.path = path
+        self.world = world
+        self._started = time.monotonic()
+        self._wall_before_s = 0.0
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def export(self) -> Path:
+        """Folder of the exported model."""
+        return self.path / "export"
+
+    def open(self, config: dict[str, Any], overrides: list[str], resume: bool) -> None:
+        """Create the folder or re-open it for the same config; every rank gets the same answer."""
+        problem = None
+        if self.world.is_main:
+            try:
+                self._open(config, overrides, resume)
+            except UserError as error:
+                problem = str(error)
+            except OSError as error:
+                problem = f"cannot write the run directory {self.path}: {error.strerror}"
+        if problem := self.world.broadcast(problem):
+            raise UserError(problem)
+
+    def _open(self, config: dict[str, Any], overrides: list[str], resume: bool) -> None:
+        saved = self.path / "config.yaml"
+        if saved.exists():
+            if not resume:
+                raise UserError(
+                    f"{self.path} holds a run already and run.resume=false: "
+                    "choose another run.name, or remove the folder"
+                )
+            before = OmegaConf.to_container(OmegaConf.load(saved))
+            assert isinstance(before, dict)
+            differing = differences(_flat(before), _flat(config))
+            if differing:
+                raise UserError(
+                    f"{self.path} holds a run of another config: {'; '.join(differing)}\n"
+                    "Choose another run.name, or remove the folder"
+                )
+            self._wall_before_s = self.read_status().get("wall_s", 0.0)
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        write_atomic(saved, OmegaConf.to_yaml(OmegaConf.create(config)))
+        write_atomic(self.path / "overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(overrides)))
+
+    def read_status(self) -> dict[str, Any]:
+        """What `write_status` wrote last; empty for a new run."""
+        path = self.path / "status.json"
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    def write_status(self, status: str, step: int) -> None:
+        """Say how far the run is: running, finished or failed."""
+        if self.world.is_main:
+            wall_s = self._wall_before_s + time.monotonic() - self._started
+            content = {"status": status, "step": step, "wall_s": round(wall_s, 1)}
+            write_atomic(self.path / "status.json", json.dumps(content))
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """`key: old -> new` for every key that changes what a run computes."""
+    return [
+        f"{key}: {before.get(key, 'absent')} -> {now.get(key, 'absent')}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+        and not any(key == free or key.startswith(f"{free}.") for free in FREE_KEYS)
+    ]
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

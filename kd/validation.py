@@ -1,0 +1,157 @@
+"""What the student (and the teacher) make of rows they are not trained on."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from kd.config import ValidationConfig
+from kd.data import Collator
+from kd.logger import SampleRecord
+from kd.metrics import LossSum
+from kd.model import Student
+from kd.parallel import World
+from kd.teacher import LocalTeacher, NoTeacher
+from kd.types import Batch, Sample, UserError
+
+log = logging.getLogger("kd")
+
+
+class Validator:
+    """Losses and answers on the validation rows, each row once over all ranks."""
+
+    def __init__(
+        self,
+        batches: Callable[[], Iterable[Batch]],
+        collator: Collator,
+        tokenizer: PreTrainedTokenizerBase,
+        config: ValidationConfig,
+        world: World,
+    ) -> None:
+        self.batches, self.collator, self.tokenizer = batches, collator, tokenizer
+        self.config, self.world = config, world
+        self.teacher_answers: dict[str, str] = {}
+
+    @torch.no_grad()
+    def losses(self, student: Student, teacher: LocalTeacher | NoTeacher) -> dict[str, float]:
+        """val/loss, val/ce and val/kd per target token, from the training objective itself."""
+        losses = LossSum(self.world.device)
+        num_targets = num_rows = num_rejected = 0
+        for batch in self.batches():
+            num_targets += batch.num_targets
+            num_rows += len(batch.samples)
+            num_rejected += len(batch.rejected)
+            batch = batch.to(self.world.device)
+            losses.add(student.distill(batch, teacher.targets(batch), 1))
+        counts = self.world.sum_ints(num_targets, num_rows, num_rejected)
+        num_targets, num_rows, num_rejected = counts
+        if num_targets == 0:
+            raise UserError(f"the validation split has no usable row ({num_rejected} rejected)")
+        loss, ce, kd = (value / num_targets for value in losses.reduce(self.world))
+        return {
+            "val/loss": loss,
+            "val/ce": ce,
+            "val/kd": kd,
+            "val/rows": num_rows,
+            "val/rejected": num_rejected,
+        }
+
+    def answers(
+        self, student: Student, teacher: LocalTeacher | NoTeacher
+    ) -> tuple[dict[str, float], list[SampleRecord]]:
+        """Greedy answers: exact-answer accuracy over all rows and per kind, and some of the rows.
+
+        val/unfinished is the share of answers cut by max_new_tokens.
+        """
+        right: Counter[str] = Counter()
+        asked: Counter[str] = Counter()
+        unfinished = 0
+        records: list[SampleRecord] = []
+        for batch in self.batches():
+            answers, cut = self._generate(student, batch)
+            unfinished += cut
+            shown = batch.samples[: max(0, self.config.report_samples - len(records))]
+            told = self._teacher_answers(teacher, batch, bool(shown))
+            for sample, answer in zip(batch.samples, answers, strict=True):
+                correct = normalise(answer) == normalise(sample.answer or "")
+                asked[sample.kind] += 1
+                right[sample.kind] += correct
+                if len(records) < self.config.report_samples:
+                    records.append(_record(sample, answer, told.get(sample.id), correct))
+        return self._reduce(right, asked, unfinished, records)
+
+    def _reduce(
+        self, right: Counter[str], asked: Counter[str], unfinished: int, records: list[SampleRecord]
+    ) -> tuple[dict[str, float], list[SampleRecord]]:
+        ranks = self.world.gather((right, asked, unfinished, records))
+        right = sum((rank[0] for rank in ranks), Counter())
+        asked = sum((rank[1] for rank in ranks), Counter())
+        rows = max(1, asked.total())
+        metrics = {"val/accuracy": right.total() / rows}
+        metrics |= {f"val/accuracy_{k}": right[k] / asked[k] for k in sorted(asked) if k}
+        metrics["val/unfinished"] = sum(rank[2] for rank in ranks) / rows
+        shown = [record for rank in ranks for record in rank[3]]
+        return metrics, shown[: self.config.report_samples]
+
+    def _generate(
+        self, model: Student | LocalTeacher | NoTeacher, batch: Batch
+    ) -> tuple[list[str], int]:
+        prompts = self.collator.prompts(batch.samples).to(self.world.device)
+        eos = self.collator.student.eos_token_id
+        ids = model.generate(prompts, self.config.max_new_tokens, eos)
+        if ids is None:
+            return [], 0
+        rows = ids[: len(batch.samples)]  # a filler row may follow
+        cut = int((rows != eos).all(-1).sum())
+        return [self._decode(row, eos) for row in rows], cut
+
+    def _decode(self, row: Tensor, eos: int) -> str:
+        ids = row.tolist()
+        ids = ids[: ids.index(eos)] if eos in ids else ids
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+    def _teacher_answers(
+        self, teacher: LocalTeacher | NoTeacher, batch: Batch, wanted: bool
+    ) -> dict[str, str]:
+        """The frozen teacher's answers never change: asked once per row."""
+        known = all(sample.id in self.teacher_answers for sample in batch.samples)
+        # Ranks decide together: a teacher's forward is a collective.
+        if max(self.world.gather(wanted and not known)):
+            answers, _ = self._generate(teacher, batch)
+            ids = (sample.id for sample in batch.samples)
+            self.teacher_answers |= dict(zip(ids, answers, strict=False))
+        return self.teacher_answers
+
+
+def _record(sample: Sample, answer: str, teacher: str | None, correct: bool) -> SampleRecord:
+    return SampleRecord(
+        id=sample.id,
+        kind=sample.kind,
+        question=question(sample),
+        answer=sample.answer or "",
+        student=answer,
+        teacher=teacher,
+        correct=correct,
+        images=sample.images,
+    )
+
+
+def question(sample: Sample) -> str:
+    """The conversation as plain text, for people."""
+    turns = []
+    for message in sample.messages:
+        content = message["content"]
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        text = " ".join(p["text"] if p["type"] == "text" else f"[{p['type']}]" for p in parts)
+        turns.append(text if message["role"] == "user" else f"{message['role']}: {text}")
+    return "\n".join(turns)
+
+
+def normalise(answer: str) -> str:
+    """For comparing answers: case, white space and a final full stop do not count."""
+    return " ".join(answer.lower().split()).rstrip(".").rstrip()

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Sets up .venv with the test tools and runs every check. Usage: scripts/test.sh [pytest options]
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+python=$(bash scripts/setup.sh test)
+bin=$(dirname "$python")
+
+"$bin/ruff" check .
+"$bin/ruff" format --check .
+"$bin/lint-imports" --no-cache
+"$bin/basedpyright"
+"$python" -m pytest "$@"
