@@ -1,0 +1,84 @@
+"""Reading a run directory back, also one that is empty, half-written or still growing."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kd.logger.files import iter_records
+from kd.logger.jsonl import METRICS_FILE, SAMPLES_FILE
+
+log = logging.getLogger(__name__)
+
+Points = list[tuple[int, float]]
+"""(step, value), in the order they were written."""
+
+
+@dataclass
+class Status:
+    """How far a run is."""
+
+    status: str
+    """running, finished or failed."""
+    step: int
+    wall_s: float
+
+
+@dataclass
+class Summary:
+    """What a metric came to. `best` is None for metrics with no better side (a rate, say)."""
+
+    name: str
+    last: float
+    last_step: int
+    best: float | None
+    best_step: int | None
+
+
+def read_metrics(run_dir: Path) -> dict[str, Points]:
+    """Every metric of `metrics.jsonl`; NaN and infinities are themselves again."""
+    series: dict[str, Points] = {}
+    for _, record in iter_records(Path(run_dir) / METRICS_FILE):
+        nonfinite = record.pop("nonfinite", {})
+        step = record.pop("step")
+        for name, value in record.items():
+            series.setdefault(name, []).append((step, float(nonfinite.get(name, value))))
+    return series
+
+
+def read_latest_samples(run_dir: Path) -> list[dict[str, Any]]:
+    """The rows of the last validation in `samples.jsonl`."""
+    rows: list[dict[str, Any]] = []
+    for _, record in iter_records(Path(run_dir) / SAMPLES_FILE):
+        if rows and rows[0]["step"] != record["step"]:
+            rows.clear()
+        rows.append(record)
+    return rows
+
+
+def read_status(run_dir: Path) -> Status | None:
+    """`status.json`; None if there is none, or if it is broken (with a warning)."""
+    path = Path(run_dir) / "status.json"
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_bytes())
+        return Status(str(content["status"]), int(content["step"]), float(content["wall_s"]))
+    except (ValueError, KeyError, TypeError) as error:
+        log.warning("%s is broken (%r) and is left out", path, error)
+        return None
+
+
+def summarize(name: str, points: Points) -> Summary:
+    """Last and best value; the best is the highest accuracy, or the lowest loss."""
+    finite = [(value, step) for step, value in points if math.isfinite(value)]
+    best, best_step = None, None
+    if finite and "accuracy" in name:
+        best, best_step = max(finite, key=lambda x: x[0])
+    elif finite and name.rpartition("/")[2] in ("loss", "ce", "kd"):
+        best, best_step = min(finite, key=lambda x: x[0])
+    return Summary(name, points[-1][1], points[-1][0], best, best_step)
