@@ -1,10 +1,6 @@
 """Compare the runs below a directory: `python -m kd.sweep runs/<name>_sweep [--plot FILE]`.
 
-Also a Hydra callback that prints the same table when a multirun ends:
-
-    hydra:
-      callbacks:
-        summary: {_target_: kd.sweep.SweepSummary, sweep_dir: runs/<name>_sweep}
+`SweepSummary` is a Hydra callback that prints the same table when a multirun ends.
 """
 
 from __future__ import annotations
@@ -14,28 +10,27 @@ import atexit
 import os
 import sys
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from hydra.experimental.callback import Callback
-from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from kd.logger.charts import plot_runs
 from kd.logger.read import Points, Status, read_metrics, read_status, summarize
+from kd.logger.text import format_duration
 from kd.types import UserError
 
 METRICS = ("val/accuracy", "val/loss", "train/loss")
 RUN_FILES = {"config.yaml", "status.json", "metrics.jsonl"}
-NOT_A_DIFFERENCE = ("run.name", "run.dir")
 
 
 @dataclass
 class Run:
-    """What the comparison needs of one run."""
+    """What is compared."""
 
     name: str
     status: Status | None
@@ -52,83 +47,65 @@ def read_runs(sweep_dir: Path) -> list[Run]:
             found.append(Path(folder))
     if not found:
         raise UserError(f"no runs below {sweep_dir}: give a directory that run directories lie in")
-    return [read_run(path, str(path.relative_to(sweep_dir))) for path in sorted(found)]
+    return [
+        Run(str(p.relative_to(sweep_dir)), read_status(p), read_overrides(p), read_metrics(p))
+        for p in sorted(found)
+    ]
 
 
-def read_run(path: Path, name: str) -> Run:
-    """One run directory."""
-    saved = path / "overrides.yaml"
-    lines = OmegaConf.to_container(OmegaConf.load(saved)) if saved.exists() else []
-    overrides = dict(str(line).lstrip("+~").partition("=")[::2] for line in lines or [])
-    name = path.resolve().name if name == "." else name
-    return Run(name, read_status(path), overrides, read_metrics(path))
+def read_overrides(run_dir: Path) -> dict[str, str]:
+    """Key -> value of `overrides.yaml`; empty if there is none."""
+    path = run_dir / "overrides.yaml"
+    lines = OmegaConf.to_container(OmegaConf.load(path)) if path.exists() else []
+    return {key: value for key, _, value in (str(x).partition("=") for x in lines or [])}
 
 
 def differing(runs: list[Run]) -> list[str]:
-    """The keys overridden differently among `runs`."""
-    keys = dict.fromkeys(key for run in runs for key in run.overrides)
-    return [
-        key
-        for key in keys
-        if key not in NOT_A_DIFFERENCE and len({run.overrides.get(key) for run in runs}) > 1
-    ]
+    """The keys overridden differently among those `runs` that have overrides."""
+    choices = [run.overrides for run in runs if run.overrides]
+    keys = dict.fromkeys(key for overrides in choices for key in overrides)
+    values = {key: {overrides.get(key) for overrides in choices} for key in keys}
+    return [key for key in keys if len(values[key]) > 1 and key not in ("run.name", "run.dir")]
 
 
 def summary_table(runs: list[Run], ended: bool) -> Table:
     """One row per run; `ended`: a run that calls itself running was killed."""
     keys = differing(runs)
-    table = Table("run", *map(escape, keys), "status", "step", "wall time")
-    for name in METRICS:
-        table.add_column(name, justify="right")
-        table.add_column("best (step)", justify="right")
+    table = Table("run", *map(escape, keys), "status", "step", "wall time", *METRICS)
     for run in runs:
-        values = [escape(run.overrides.get(key, "–")) for key in keys]
-        table.add_row(escape(run.name), *values, *status_cells(run.status, ended), *cells(run))
+        values = [escape(run.overrides.get(key, "-")) for key in keys]
+        metrics = [metric_cell(name, run.series.get(name, [])) for name in METRICS]
+        table.add_row(escape(run.name), *values, *status_cells(run.status, ended), *metrics)
     return table
 
 
 def status_cells(status: Status | None, ended: bool) -> tuple[str, str, str]:
     """Status, step and wall time; a run that left no word has failed."""
     if status is None:
-        return "[red]failed[/]", "–", "–"
+        return "[red]failed[/]", "-", "-"
     word = "failed" if ended and status.status != "finished" else status.status
     colour = {"finished": "green", "failed": "red"}.get(word, "yellow")
-    wall = str(timedelta(seconds=round(status.wall_s)))
-    return f"[{colour}]{escape(word)}[/]", str(status.step), wall
+    wall_time = format_duration(status.wall_s)
+    return f"[{colour}]{escape(word)}[/]", str(status.step), wall_time
 
 
-def cells(run: Run) -> list[str]:
-    """Last and best value of each metric."""
-    texts = []
-    for name in METRICS:
-        if name not in run.series:
-            texts += ["–", "–"]
-            continue
-        metric = summarize(name, run.series[name])
-        best = "–" if metric.best is None else f"{metric.best:.4f} ({metric.best_step})"
-        texts += [f"{metric.last:.4f}", best]
-    return texts
-
-
-def plot(runs: list[Run], path: Path) -> None:
-    """Curves of all runs over each other, one panel per metric; PNG, SVG or PDF by the name."""
-    figure = Figure(figsize=(6 * len(METRICS), 4.5), layout="constrained")
-    for axes, name in zip(figure.subplots(1, len(METRICS)), METRICS, strict=True):
-        axes.set(title=name, xlabel="step")
-        axes.grid(alpha=0.3)
-        for i, run in enumerate(runs):  # the colour is the run's, also where others lack the metric
-            points = run.series.get(name, [])
-            axes.plot([x for x, _ in points], [y for _, y in points], color=f"C{i % 10}")
-    figure.legend(axes.lines, [run.name for run in runs], loc="outside lower center", ncols=3)
-    figure.savefig(path, dpi=120)
+def metric_cell(name: str, points: Points) -> str:
+    """Last value, best value, and the step of the best."""
+    if not points:
+        return "-"
+    metric = summarize(name, points)
+    best = "" if metric.best is None else f" (best {metric.best:.4f} at {metric.best_step})"
+    return f"{metric.last:.4f}{best}"
 
 
 def print_summary(sweep_dir: Path, ended: bool = False, plot_path: Path | None = None) -> None:
-    """Print the table; as wide as it must be where no terminal sets a limit."""
+    """Print the table, and draw the curves to `plot_path`."""
     runs = read_runs(sweep_dir)
-    Console(width=None if sys.stdout.isatty() else 240).print(summary_table(runs, ended))
+    terminal = sys.stdout.isatty()
+    console = Console(width=None if terminal else 240, force_terminal=terminal)
+    console.print(summary_table(runs, ended))
     if plot_path is not None:
-        plot(runs, plot_path)
+        plot_runs({run.name: run.series for run in runs}, METRICS, plot_path)
 
 
 class SweepSummary(Callback):
