@@ -59,6 +59,12 @@ def run(config: DictConfig) -> None:
         if hydra_config.mode != RunMode.MULTIRUN:
             raise SystemExit(2) from None
         failed_points.append(hydra_config.job.override_dirname)
+    except RuntimeError as error:
+        # What a rank sees when another one has ended; that one has said why.
+        if not any(words in str(error) for words in ("by peer", "remote process exited")):
+            raise
+        complain(UserError("lost another rank, which ended first"))
+        raise SystemExit(1) from None
 
 
 def run_job(config: DictConfig, hydra_config: DictConfig) -> None:

@@ -82,20 +82,19 @@ class RunDir:
                 problem = str(error)
             except OSError as error:
                 problem = f"cannot write the run directory {self.path}: {error.strerror}"
-        if problem := self.world.broadcast(problem):
-            raise UserError(problem)
+        self.world.agree(problem)
 
     def _open(self, config: dict[str, Any], overrides: list[str], resume: bool) -> None:
         saved = self.path / "config.yaml"
+        text = OmegaConf.to_yaml(OmegaConf.create(config))
         if saved.exists():
             if not resume:
                 raise UserError(
                     f"{self.path} holds a run already and run.resume=false: "
                     "choose another run.name, or remove the folder"
                 )
-            before = OmegaConf.to_container(OmegaConf.load(saved))
-            assert isinstance(before, dict)
-            differing = differences(_flat(before), _flat(config))
+            # Both as they read from YAML, where an enum and its name are the same.
+            differing = differences(_flat(_from_yaml(saved.read_text())), _flat(_from_yaml(text)))
             if differing:
                 raise UserError(
                     f"{self.path} holds a run of another config: {'; '.join(differing)}\n"
@@ -103,7 +102,7 @@ class RunDir:
                 )
             self._wall_before_s = self.read_status().get("wall_s", 0.0)
         self.checkpoints.mkdir(parents=True, exist_ok=True)
-        write_atomic(saved, OmegaConf.to_yaml(OmegaConf.create(config)))
+        write_atomic(saved, text)
         write_atomic(self.path / "overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(overrides)))
 
     def read_status(self) -> dict[str, Any]:
@@ -127,6 +126,12 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         if before.get(key) != now.get(key)
         and not any(key == free or key.startswith(f"{free}.") for free in FREE_KEYS)
     ]
+
+
+def _from_yaml(text: str) -> dict[str, Any]:
+    content = OmegaConf.to_container(OmegaConf.create(text))
+    assert isinstance(content, dict)
+    return {str(key): value for key, value in content.items()}
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -122,13 +122,16 @@ class VlmKD:
         cfg, world, timer = self.cfg, self.world, self.timer
         with timer("step"):
             with timer("data"):
-                batches = self.source.take(cfg.train.grad_accum)
+                batches, problem = self.take()
             # Counted before any backward: every micro-batch is divided by the same number.
-            num_targets, num_tokens, *dropped = world.sum_ints(
+            problems, num_targets, num_tokens, *dropped = world.sum_ints(
+                problem is not None,
                 sum(b.num_targets for b in batches),
                 sum(b.num_tokens for b in batches),
                 *self.source.counters.values(),
             )
+            if problems:
+                world.agree(problem)
             losses = LossSum(self.device)
             for i, batch in enumerate(batches):
                 batch = batch.to(self.device)
@@ -163,6 +166,13 @@ class VlmKD:
             "train/peak_mem_gib": peak_mem_gib(self.device),
             **{f"data/{name}": n for name, n in zip(self.source.counters, dropped, strict=True)},
         }
+
+    def take(self) -> tuple[list[Batch], str | None]:
+        """This rank's micro-batches; or what is wrong with a row, for all ranks to end by."""
+        try:
+            return self.source.take(self.cfg.train.grad_accum), None
+        except UserError as error:
+            return [], str(error)
 
     def clip_gradients(self) -> torch.Tensor:
         """Scale the gradients to `max_grad_norm`; returns the norm before."""

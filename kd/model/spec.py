@@ -149,8 +149,7 @@ class PretrainedModel(ModelConfig):
             if not self.trust_remote_code:
                 _check_images(self.name, config)
             if not with_weights:
-                with no_init_weights():
-                    return _from_config(config, self)
+                return _uninitialised(config, self)
             return AutoModelForImageTextToText.from_pretrained(
                 self.name,
                 revision=self.revision,
@@ -189,8 +188,7 @@ class ScratchModel(ModelConfig):
         config.vision_start_token_id = processor.vision_start_token_id
         config.vision_end_token_id = processor.vision_end_token_id
         if not with_weights:
-            with no_init_weights():
-                return _from_config(config, self)
+            return _uninitialised(config, self)
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             return _from_config(config, self)
@@ -200,6 +198,13 @@ def _from_config(config: PreTrainedConfig, spec: ModelConfig) -> PreTrainedModel
     return AutoModelForImageTextToText.from_config(
         config, dtype=spec.dtype, attn_implementation=spec.attn_implementation
     )
+
+
+def _uninitialised(config: PreTrainedConfig, spec: ModelConfig) -> PreTrainedModel:
+    with no_init_weights():
+        model = _from_config(config, spec)
+    model.tie_weights()  # part of the initialisation that was left out
+    return model
 
 
 def _check_images(name: str, config: PreTrainedConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 from dataclasses import dataclass
@@ -142,6 +143,17 @@ class World:
         box = [value]
         dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]
+
+    def agree(self, problem: str | None) -> None:
+        """End the run on every rank if one of them has a problem; rank 0 tells of it, once."""
+        problems = [p for p in self.gather(problem) if p]
+        if not problems:
+            return
+        if self.is_main:
+            raise UserError(problems[0])
+        with contextlib.suppress(RuntimeError):
+            self.sum_ints(0)  # until rank 0 has spoken and gone: a launcher kills who is left
+        raise SystemExit(2)
 
     def barrier(self) -> None:
         """Wait for every rank."""

@@ -20,14 +20,19 @@ LOSSES = ("train/loss", "train/ce", "train/kd", "train/grad_norm")
 @pytest.fixture
 def teacher(train) -> Path:
     """A teacher that has learnt a little: its export folder."""
-    return train("digits_teacher", "teacher", "student=digits_small", "student.seed=7") / "export"
+    return (
+        train(
+            "digits_teacher", "teacher", "student=digits_small", "student.seed=7", "optim.lr=0.01"
+        )
+        / "export"
+    )
 
 
 def test_distils_and_exports(train, teacher, tmp_path):
     run = train("digits_kd", "kd", f"teacher.name={teacher}", "train.max_steps=12", "optim.lr=0.01")
     losses = metrics(run, "train/loss")
     assert list(losses) == list(range(1, 13))
-    assert losses[12] < 0.6 * losses[1]
+    assert losses[12] < 0.75 * losses[1], losses
     kd, ce, loss = (metrics(run, f"train/{name}")[3] for name in ("kd", "ce", "loss"))
     assert loss == pytest.approx(0.9 * kd + 0.1 * ce, rel=1e-5)
     assert json.loads((run / "status.json").read_text())["status"] == "finished"
@@ -51,6 +56,7 @@ def test_teacher_equal_to_student_gives_zero_kl(train, teacher):
         "student=pretrained",
         f"student.name={teacher}",
         "train.max_steps=1",
+        "optim.warmup_steps=0",
     )
     assert metrics(run, "train/kd")[1] == pytest.approx(0, abs=1e-6)
 

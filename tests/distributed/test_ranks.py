@@ -1,0 +1,123 @@
+"""Real ranks over gloo: the same numbers as one process, on batches that mix images and text."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.conftest import metrics, subprocess_env
+
+CONFIG = "qwen_vl_kd"  # its models, data and precision replaced by tiny ones
+KEYS = ("train/loss", "train/ce", "train/kd", "train/grad_norm", "val/loss", "val/kd")
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    """Conversations with no, one or two images: neighbours differ, so ranks do, too."""
+    lines = []
+    for i in range(24):
+        count = (0, 1, 0, 2)[i % 4]
+        names = [f"{i}_{k}.png" for k in range(count)]
+        for k, name in enumerate(names):
+            Image.new("RGB", (64 + 32 * k, 64), (10 * i, 5 * i, 90 * k)).save(tmp_path / name)
+        parts = [{"type": "image", "path": name} for name in names]
+        ask = {"type": "text", "text": f"How many pictures are in row {i}?"}
+        messages = [
+            {"role": "user", "content": [*parts, ask]},
+            {"role": "assistant", "content": f"There are {count} of them" + " indeed" * (i % 3)},
+        ]
+        lines.append(json.dumps({"messages": messages}))
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(lines))
+    return path
+
+
+def ranks(name: str, nproc: int, *overrides: str) -> None:
+    """`python -m kd.run parallel.nproc=…`."""
+    command = [sys.executable, "-m", "kd.run", "--config-name", CONFIG, f"run.name={name}"]
+    done = subprocess.run(
+        [*command, f"parallel.nproc={nproc}", *overrides],
+        env=subprocess_env(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def options(tmp_path: Path, rows: Path) -> list[str]:
+    return [
+        f"run.dir={tmp_path / 'runs'}",
+        "logger=jsonl",
+        "student=digits_small",
+        "parallel=fsdp",
+        "data=conversations",
+        f"data.path={rows}",
+        "data.num_workers=0",
+        "data.val_fraction=0.25",
+        "data.val_samples=null",
+        "train.global_batch_size=4",
+        "train.max_steps=4",
+        "train.save_every=2",
+        "train.val_every=2",
+        "optim.warmup_steps=1",
+        "optim.lr=0.003",
+        "validation.max_new_tokens=3",
+        "validation.batch_size=2",
+        "checkpoint.keep_last=9",
+        "parallel.cpu_threads=1",
+        "parallel.compute_dtype=float64",
+        "parallel.reduce_dtype=float64",
+    ]
+
+
+def test_ranks_equal_one_process(train, rows, tmp_path):
+    base = options(tmp_path, rows)
+    alone = ["teacher=none", "kd_ratio=0"]
+    teacher = train(CONFIG, "teacher", *base, *alone, "student.seed=3", "train.micro_batch_size=4")
+    base += ["teacher=local", f"teacher.name={teacher / 'export'}"]
+    one = train(CONFIG, "one", *base, "train.micro_batch_size=4")
+    expected = {key: metrics(one, key) for key in KEYS}
+
+    def check(name: str) -> None:
+        for key in KEYS:
+            got = metrics(tmp_path / "runs" / name, key)
+            assert got == pytest.approx(expected[key], rel=1e-6), (name, key)
+
+    ranks("sharded", 2, *base, "train.micro_batch_size=1")
+    check("sharded")
+    for key in ("val/accuracy", "val/rows", "data/dropped_too_long"):
+        assert metrics(tmp_path / "runs" / "sharded", key) == metrics(one, key)
+    ranks("replicated", 2, *base, "train.micro_batch_size=2", "parallel.dp_replicate=2")
+    check("replicated")
+
+    # Both ways: two ranks go on from one rank's checkpoint, and one from two's.
+    checkpoints = tmp_path / "runs" / "one" / "checkpoints"
+    shutil.rmtree(checkpoints / "step_000004")
+    ranks("one", 2, *base, "train.micro_batch_size=2")
+    check("one")
+    shutil.rmtree(tmp_path / "runs" / "sharded" / "checkpoints" / "step_000004")
+    train(CONFIG, "sharded", *base, "train.micro_batch_size=2")
+    check("sharded")
+
+
+def test_a_mistake_on_ranks_ends_with_plain_words(tmp_path, rows):
+    rows.write_text(rows.read_text().replace("5_0.png", "missing.png"))
+    command = [sys.executable, "-m", "kd.run", "--config-name", CONFIG, "run.name=bad"]
+    alone = ["teacher=none", "kd_ratio=0", "parallel.nproc=2", "train.micro_batch_size=2"]
+    done = subprocess.run(
+        [*command, *options(tmp_path, rows), *alone],
+        env=subprocess_env(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 2, done.stderr[-3000:]
+    assert "missing.png" in done.stderr
+    assert "Traceback" not in done.stderr
