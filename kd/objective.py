@@ -13,7 +13,13 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from kd.objective_dense import CompilePolicy, DenseBody, DenseLoss
+from kd.objective_dense import (
+    CompilePolicy,
+    DenseBody,
+    DenseLoss,
+    check_positive,
+    check_range,
+)
 from kd.objective_loop import Body, KDOutput, chunked_objective
 from kd.types import IGNORE_INDEX, DenseTargets, UserError
 
@@ -24,6 +30,8 @@ __all__ = [
     "DenseLoss",
     "KDOutput",
     "check_head",
+    "check_positive",
+    "check_range",
     "check_teacher",
     "chunked_objective",
     "fused_linear_kd",
@@ -134,8 +142,8 @@ def fused_linear_kd(
     """
     loss = DenseLoss(divergence, beta, temperature, kd_ratio)
     check_head("student", student_hidden, student_weight, student_bias, labels)
-    if chunk_size is not None and chunk_size < 1:
-        raise UserError(f"chunk_size is {chunk_size}: it must be at least 1 row.")
+    if chunk_size is not None:
+        check_positive("chunk_size", chunk_size)
     teacher = _dense_targets(teacher_hidden, teacher_weight, teacher_bias, kd_ratio)
     if teacher is not None:
         check_teacher(student_weight, teacher, labels)

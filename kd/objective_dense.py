@@ -51,10 +51,10 @@ def check_range(name: str, value: float, low: float, high: float = math.inf) -> 
         raise UserError(f"{name} is {value}: it must be {bounds}.")
 
 
-def check_temperature(value: float) -> None:
-    """Raise UserError unless the temperature is positive and finite."""
+def check_positive(name: str, value: float) -> None:
+    """Raise UserError unless value is positive and finite."""
     if not (math.isfinite(value) and value > 0):
-        raise UserError(f"temperature is {value}: it must be greater than 0.")
+        raise UserError(f"{name} is {value}: it must be greater than 0.")
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class DenseLoss:
             raise UserError(f"divergence is {self.divergence!r}: it must be one of {options}.")
         check_range("beta", self.beta, 0, 1)
         check_range("kd_ratio", self.kd_ratio, 0, 1)
-        check_temperature(self.temperature)
+        check_positive("temperature", self.temperature)
 
     def closed_form(
         self, student_logp_CK: Tensor, teacher_logp_CK: Tensor

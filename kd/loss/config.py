@@ -19,6 +19,8 @@ from kd.objective import (
     DenseLoss,
     KDOutput,
     check_head,
+    check_positive,
+    check_range,
     check_teacher,
     chunked_objective,
 )
@@ -29,11 +31,14 @@ from kd.types import DenseTargets, TeacherTargets, UserError
 class Objective:
     """CE + KD of one run: call it on the target rows of each micro-batch."""
 
-    dense: DenseLoss
     divergence: Divergence
-    """The same divergence as a function of log-probs, for targets that are not dense."""
-    compile: CompilePolicy
-    chunk_mib: int | None
+    """A function of log-probs, which serves any targets."""
+    closed_form: DenseLoss | None
+    """The same for dense targets, faster; None: the function serves them too."""
+    temperature: float
+    kd_ratio: float
+    compile: CompilePolicy = CompilePolicy.auto
+    chunk_mib: int | None = None
 
     def __call__(
         self,
@@ -50,7 +55,7 @@ class Objective:
         is 0. Raises UserError for shapes that do not fit, or targets that are missing.
         """
         check_head("student", student_hidden_ND, student_weight_VD, student_bias_V, labels_N)
-        if self.dense.kd_ratio == 0:
+        if self.kd_ratio == 0:
             targets = None
         elif targets is None:
             raise UserError("There are no teacher targets: choose a teacher, or kd_ratio=0.")
@@ -62,22 +67,35 @@ class Objective:
             student_bias_V,
             labels_N,
             body_for(targets, self),
-            kd_ratio=self.dense.kd_ratio,
+            kd_ratio=self.kd_ratio,
             num_targets=num_targets,
             budget_mib=self.chunk_mib,
         )
 
 
+CE_ONLY = DenseLoss("forward_kl", beta=0.5, temperature=1.0, kd_ratio=0.0)
+
+
+def _autograd_body(targets: TeacherTargets, objective: Objective) -> Body:
+    return AutogradBody(targets, objective.divergence, objective.temperature, objective.kd_ratio)
+
+
 @functools.singledispatch
 def body_for(targets: TeacherTargets, objective: Objective) -> Body:
     """The body that serves this kind of targets: autograd, unless there is a closed form."""
-    dense = objective.dense
-    return AutogradBody(targets, objective.divergence, dense.temperature, dense.kd_ratio)
+    return _autograd_body(targets, objective)
 
 
 @body_for.register
-def _(targets: DenseTargets | None, objective: Objective) -> Body:
-    return DenseBody(targets, objective.dense, objective.compile)
+def _(targets: DenseTargets, objective: Objective) -> Body:
+    if objective.closed_form is None:
+        return _autograd_body(targets, objective)
+    return DenseBody(targets, objective.closed_form, objective.compile)
+
+
+@body_for.register
+def _(targets: None, objective: Objective) -> Body:
+    return DenseBody(targets, CE_ONLY, objective.compile)
 
 
 @dataclass
@@ -89,12 +107,13 @@ class LossConfig:
     chunk_mib: int | None = None
     """Memory for the logits of one chunk, in MiB; null: 2,560 on a GPU, else 256."""
     compile: CompilePolicy = CompilePolicy.auto
+    """For a teacher's whole distribution; sparse targets are not compiled."""
 
     def validate(self) -> None:
         """Raise UserError for values out of range."""
-        self.build(kd_ratio=0.5)
-        if self.chunk_mib is not None and self.chunk_mib < 1:
-            raise UserError(f"loss.chunk_mib is {self.chunk_mib}: it must be at least 1.")
+        check_positive("loss.temperature", self.temperature)
+        if self.chunk_mib is not None:
+            check_positive("loss.chunk_mib", self.chunk_mib)
 
     def build(self, kd_ratio: float) -> Objective:
         """The objective that mixes CE with this divergence by `kd_ratio`."""
@@ -103,8 +122,10 @@ class LossConfig:
     def _build(
         self, name: str, divergence: Divergence, kd_ratio: float, beta: float = 0.5
     ) -> Objective:
-        dense = DenseLoss(name, beta, self.temperature, kd_ratio)
-        return Objective(dense, divergence, self.compile, self.chunk_mib)
+        closed_form = DenseLoss(name, beta, self.temperature, kd_ratio)
+        return Objective(
+            divergence, closed_form, self.temperature, kd_ratio, self.compile, self.chunk_mib
+        )
 
 
 @dataclass
@@ -131,6 +152,11 @@ class JSDConfig(LossConfig):
 
     beta: float = 0.5
     """The teacher's weight in the mixture; 0 means forward KL, 1 reverse KL."""
+
+    def validate(self) -> None:
+        """Raise UserError for values out of range."""
+        super().validate()
+        check_range("loss.beta", self.beta, 0, 1)
 
     def build(self, kd_ratio: float) -> Objective:
         """See the base class."""
