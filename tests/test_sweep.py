@@ -117,14 +117,14 @@ def test_folders_inside_a_run_are_no_runs(tmp_path):
 
 
 def test_plot_is_a_picture(tmp_path, capsys):
-    make_run(tmp_path / "a$x$", [], [0.75, 0.25])
+    make_run(tmp_path / "a$^$", [], [0.75, 0.25])
     make_run(tmp_path / "empty", [], [])
     print_summary(tmp_path, plot_path=tmp_path / "sweep.png")
     with Image.open(tmp_path / "sweep.png") as picture:
         assert picture.format == "PNG" and picture.width > 1000
         assert len(picture.convert("RGB").getcolors(1 << 20) or []) > 10
     output = capsys.readouterr().out
-    assert "a$x$" in output and "\x1b" not in output
+    assert "a$^$" in output and "\x1b" not in output
 
 
 def test_no_runs_is_a_users_mistake(tmp_path):

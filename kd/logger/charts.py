@@ -24,7 +24,6 @@ CSS_COLOURS = {INK: "var(--muted)", GRID: "var(--line)"} | {
 }
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
-    "text.parse_math": False,  # a name with two dollar signs is a name
     "font.family": "sans-serif",
     "font.size": 9,
     "text.color": INK,
@@ -67,8 +66,11 @@ class LegendEntry:
     """solid, dashed or dotted."""
 
 
-def line_chart(title: str, series: dict[str, Points]) -> Chart:
-    """A chart with one line per entry of `series`; values that are not finite leave a gap."""
+def line_chart(title: str, series: dict[str, Points], share: bool = False) -> Chart:
+    """A chart with one line per entry of `series`; values that are not finite leave a gap.
+
+    `share`: the values are parts of a whole, shown on a scale from 0 to 1.
+    """
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": title}):
         figure = Figure(figsize=(5.2, 2.7), layout="constrained")
         axes = figure.add_subplot()
@@ -87,6 +89,8 @@ def line_chart(title: str, series: dict[str, Points]) -> Chart:
         axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
         axes.set_xlabel("step")
         axes.margins(x=0.02, y=0.08)
+        if share:
+            axes.set_ylim(-0.02, 1.02)
         buffer = io.StringIO()
         no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)

@@ -69,7 +69,11 @@ def write_report(run_dir: Path) -> Path:
 def charts(series: dict[str, Points]) -> list[Chart]:
     """Every chart that has something to show."""
     chosen = {title: select(series, patterns) for title, patterns in CHARTS.items()}
-    return [line_chart(title, lines) for title, lines in chosen.items() if lines]
+    return [
+        line_chart(title, lines, share="accuracy" in title)
+        for title, lines in chosen.items()
+        if lines
+    ]
 
 
 def select(series: dict[str, Points], patterns: tuple[str, ...]) -> dict[str, Points]:

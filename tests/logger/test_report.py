@@ -209,6 +209,13 @@ def test_report_is_replaced_whole(run_dir):
     assert (run_dir / "report.html").stat().st_ino != before
 
 
+def test_shares_are_drawn_from_0_to_1():
+    flat = {"val/accuracy": [(1, 0.5), (2, 0.5)]}
+    ticks = Page(line_chart("accuracy", flat, share=True).svg).of("text")
+    assert ticks == ["1", "2", "step", "0.00", "0.25", "0.50", "0.75", "1.00"]
+    assert "0.75" not in Page(line_chart("accuracy", flat).svg).of("text")
+
+
 def test_more_lines_than_colours_differ_in_style():
     chart = line_chart("many", {f"val/accuracy_{i}": [(1, 0.1), (2, 0.2)] for i in range(10)})
     assert len({(entry.colour, entry.line) for entry in chart.legend}) == 10
