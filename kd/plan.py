@@ -22,6 +22,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from kd.config import VlmKDConfig
 from kd.model import FrozenVLM, Student
+from kd.objective_loop import default_budget_mib
 from kd.parallel import DTYPES, World, blocks
 from kd.teacher import LocalTeacherConfig
 
@@ -177,7 +178,9 @@ def _activations(config: VlmKDConfig, model: PreTrainedConfig, itemsize: int) ->
 def _loss_buffers(config: VlmKDConfig, model: PreTrainedConfig) -> int:
     """The chunk of logits, and the head's gradient in float32."""
     text = model.get_text_config()
-    return config.loss.chunk_bytes() + 4 * text.vocab_size * text.hidden_size
+    device = torch.device(config.parallel.device_type())
+    chunk_mib = config.loss.chunk_mib or default_budget_mib(device)
+    return chunk_mib * 2**20 + 4 * text.vocab_size * text.hidden_size
 
 
 def print_plan(config: VlmKDConfig) -> None:

@@ -7,6 +7,7 @@ lines and exit code 2.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
@@ -36,8 +38,9 @@ HYDRA_SETTINGS = (
     "hydra.output_subdir=null",
     "hydra/job_logging=none",
     "hydra/hydra_logging=none",
-    "hydra.sweep.dir=.",
+    "hydra.sweep.dir=${run.dir}/${run.name}_sweep",
     "hydra.sweep.subdir=.",
+    "+hydra.callbacks.summary={_target_:kd.sweep.SweepSummary,sweep_dir:'${hydra.sweep.dir}'}",
 )
 
 
@@ -69,8 +72,6 @@ def run(config: DictConfig) -> None:
 
 def run_job(config: DictConfig, hydra_config: DictConfig) -> None:
     """Check the config and launch."""
-    if hydra_config.job.config_name is None:
-        raise UserError("name a config, e.g. --config-name digits_kd")
     overrides = list(hydra_config.overrides.task)
     if hydra_config.mode == RunMode.MULTIRUN:
         name_sweep_point(config, hydra_config.job.override_dirname)
@@ -84,8 +85,7 @@ def run_job(config: DictConfig, hydra_config: DictConfig) -> None:
 
 def name_sweep_point(config: DictConfig, override_dirname: str) -> None:
     """Give each point of a sweep its own run directory, below `<run.name>_sweep`."""
-    if "run.name=" not in override_dirname:
-        config.run.name = f"{config.run.name}_sweep/{override_dirname.replace('/', '.')}"
+    config.run.name = f"{config.run.name}_sweep/{override_dirname.replace('/', '.')}"
 
 
 def launch_ranks(typed: VlmKDConfig, hydra_config: DictConfig, overrides: list[str]) -> None:
@@ -112,9 +112,23 @@ def launch_ranks(typed: VlmKDConfig, hydra_config: DictConfig, overrides: list[s
 
 
 def plain_words(error: Exception) -> str:
-    """At most two lines."""
+    """At most two lines; Hydra's own, made plainer."""
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
-    return "\n".join(lines[:2]) or type(error).__name__
+    if not lines:
+        return type(error).__name__
+    if lines[0].startswith("Could not override"):
+        key = lines[0].split("'")[1]
+        return f"unknown config key {key}; --cfg job shows all keys"
+    if lines[0].startswith("Cannot find primary config"):
+        names = sorted(path.stem for path in Path(config_dir()).glob("*.yaml"))
+        return f"{lines[0].split('.')[0]}; shipped ones: {', '.join(names)}"
+    if lines[0].startswith("Error merging override") and error.__cause__ is not None:
+        lines[1:] = str(error.__cause__).splitlines()
+    if len(lines) > 2 and lines[1].startswith("Available options"):
+        options = itertools.takewhile(lambda line: not line.startswith("Config search"), lines[2:])
+        shown = (option for option in options if not option.endswith("_schema"))
+        lines[1] += f" {', '.join(shown)}"
+    return "\n".join(lines[:2])
 
 
 def complain(error: Exception) -> None:
@@ -124,9 +138,18 @@ def complain(error: Exception) -> None:
     print(f"{prefix}error: {plain_words(error)}", file=sys.stderr)
 
 
-def is_override(arg: str) -> bool:
-    """Whether a word of the command line is `key=value` rather than an option or its value."""
-    return "=" in arg and not arg.startswith("-")
+def with_settings(argv: list[str]) -> list[str]:
+    """The command line with Hydra's settings; the points of a sweep are named by what is swept."""
+
+    def is_override(arg: str) -> bool:
+        return "=" in arg and not arg.startswith("-")
+
+    parsed = OverridesParser.create().parse_overrides([a for a in argv[1:] if is_override(a)])
+    fixed = ",".join(o.key_or_group for o in parsed if not o.is_sweep_override())
+    settings = [*HYDRA_SETTINGS, f"hydra.job.config.override_dirname.exclude_keys=[{fixed}]"]
+    # argparse wants all overrides in one piece.
+    first = next((i for i, arg in enumerate(argv) if i and is_override(arg)), len(argv))
+    return [*argv[:first], *settings, *argv[first:]]
 
 
 def main() -> None:
@@ -136,10 +159,10 @@ def main() -> None:
     for noisy in ("httpx", "torch.distributed", "torch.distributed.elastic", "datasets"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     register()
-    # argparse wants all overrides in one piece.
-    first = next((i for i, arg in enumerate(sys.argv) if i and is_override(arg)), len(sys.argv))
-    sys.argv[first:first] = HYDRA_SETTINGS
     try:
+        if len(sys.argv) == 1 or not any(arg.startswith("-") for arg in sys.argv[1:]):
+            raise HydraException("name a config, e.g. --config-name digits_kd; --help says more")
+        sys.argv[:] = with_settings(sys.argv)
         hydra.main(version_base="1.3", config_path=config_dir(), config_name=None)(run)()
     except (HydraException, OmegaConfBaseException) as error:  # before there was a job
         complain(error)
