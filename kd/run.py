@@ -7,6 +7,7 @@ lines and exit code 2.
 
 from __future__ import annotations
 
+import errno
 import itertools
 import logging
 import os
@@ -62,6 +63,11 @@ def run(config: DictConfig) -> None:
         if hydra_config.mode != RunMode.MULTIRUN:
             raise SystemExit(2) from None
         failed_points.append(hydra_config.job.override_dirname)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        complain(UserError(f"cannot write {error.filename or 'a file'}: {error.strerror}"))
+        raise SystemExit(2) from None
     except RuntimeError as error:
         # What a rank sees when another one has ended; that one has said why.
         if not any(words in str(error) for words in ("by peer", "remote process exited")):

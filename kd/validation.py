@@ -16,6 +16,7 @@ from kd.logger import SampleRecord
 from kd.metrics import LossSum
 from kd.model import Student
 from kd.parallel import World
+from kd.rollout import Rejections
 from kd.teacher import LocalTeacher, NoTeacher
 from kd.types import Batch, Sample, UserError
 
@@ -31,23 +32,31 @@ class Validator:
         collator: Collator,
         tokenizer: PreTrainedTokenizerBase,
         config: ValidationConfig,
+        on_broken_row: str,
         world: World,
     ) -> None:
         self.batches, self.collator, self.tokenizer = batches, collator, tokenizer
-        self.config, self.world = config, world
+        self.config, self.on_broken_row, self.world = config, on_broken_row, world
         self.teacher_answers: dict[str, str] = {}
 
     @torch.no_grad()
     def losses(self, student: Student, teacher: LocalTeacher | NoTeacher) -> dict[str, float]:
         """val/loss, val/ce and val/kd per target token, from the training objective itself."""
         losses = LossSum(self.world.device)
-        num_targets = num_rows = num_rejected = 0
+        rejections = Rejections(self.on_broken_row)
+        num_targets = num_rows = 0
+        problem = None
         for batch in self.batches():
             num_targets += batch.num_targets
             num_rows += len(batch.samples)
-            num_rejected += len(batch.rejected)
+            try:
+                rejections.note(batch.rejected)
+            except UserError as error:
+                problem = problem or str(error)
             batch = batch.to(self.world.device)
             losses.add(student.distill(batch, teacher.targets(batch), 1))
+        self.world.agree(problem)
+        num_rejected = sum(rejections.counters.values())
         counts = self.world.sum_ints(num_targets, num_rows, num_rejected)
         num_targets, num_rows, num_rejected = counts
         if num_targets == 0:

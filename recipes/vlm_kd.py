@@ -76,6 +76,7 @@ class VlmKD:
             collator,
             self.processor.tokenizer,
             cfg.validation,
+            cfg.data.on_broken_row,
             world,
         )
         self.run_dir = RunDir(cfg.run.path, world)
@@ -168,7 +169,7 @@ class VlmKD:
         }
 
     def take(self) -> tuple[list[Batch], str | None]:
-        """This rank's micro-batches; or what is wrong with a row, for all ranks to end by."""
+        """The micro-batches of this rank, or what is wrong with a row, for all ranks to end by."""
         try:
             return self.source.take(self.cfg.train.grad_accum), None
         except UserError as error:

@@ -130,6 +130,8 @@ class PretrainedModel(ModelConfig):
         name = self.processor.name or self.name
         revision = self.processor.revision if self.processor.name else self.revision
         with _plain_errors(name, revision):
+            if self.processor.name is None:
+                self._config()
             processor = AutoProcessor.from_pretrained(
                 name, revision=revision, trust_remote_code=self.trust_remote_code
             )
@@ -143,11 +145,7 @@ class PretrainedModel(ModelConfig):
     def build(self, processor: ProcessorMixin, *, with_weights: bool) -> PreTrainedModel:
         """`AutoModelForImageTextToText.from_pretrained`."""
         with _plain_errors(self.name, self.revision):
-            config = AutoConfig.from_pretrained(
-                self.name, revision=self.revision, trust_remote_code=self.trust_remote_code
-            )
-            if not self.trust_remote_code:
-                _check_images(self.name, config)
+            config = self._config()
             if not with_weights:
                 return _uninitialised(config, self)
             return AutoModelForImageTextToText.from_pretrained(
@@ -157,6 +155,14 @@ class PretrainedModel(ModelConfig):
                 attn_implementation=self.attn_implementation,
                 trust_remote_code=self.trust_remote_code,
             )
+
+    def _config(self) -> PreTrainedConfig:
+        config = AutoConfig.from_pretrained(
+            self.name, revision=self.revision, trust_remote_code=self.trust_remote_code
+        )
+        if not self.trust_remote_code:  # whose class may stand in no mapping
+            _check_images(self.name, config)
+        return config
 
 
 @dataclass
