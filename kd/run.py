@@ -165,6 +165,7 @@ def main() -> None:
     for noisy in ("httpx", "torch.distributed", "torch.distributed.elastic", "datasets"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     register()
+    failed_points.clear()
     try:
         if len(sys.argv) == 1 or not any(arg.startswith("-") for arg in sys.argv[1:]):
             raise HydraException("name a config, e.g. --config-name digits_kd; --help says more")

@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.conftest import metrics
+
+SWEEP = [
+    "student=digits_small",
+    "train.max_steps=2",
+    "train.micro_batch_size=2",
+    "train.val_every=null",
+    "optim.warmup_steps=0",
+    "logger=jsonl",
+    "parallel.cpu_threads=1",
+]
+
+
+def test_sweep_gives_each_point_a_directory_and_ends_with_a_table(kd_main, tmp_path, capsys):
+    lrs = "optim.lr=0.001,0.01"
+    kd_main("-m", "--config-name", "digits_teacher", f"run.dir={tmp_path}", *SWEEP, lrs)
+    folder = tmp_path / "digits_teacher_sweep"
+    points = {path.name: path for path in folder.iterdir() if path.is_dir()}
+    assert set(points) == {"optim.lr=0.001", "optim.lr=0.01"}
+    first, second = (metrics(path, "train/loss") for path in points.values())
+    assert first[1] == second[1]
+    assert first[2] != second[2]
+    table = capsys.readouterr().out
+    assert "finished" in table
+    assert table.index("0.001") < table.rindex("0.01")
+
+
+def test_a_failed_point_does_not_end_the_sweep(kd_main, tmp_path, capsys):
+    ratios = "optim.schedule=nonsense,constant"
+    with pytest.raises(SystemExit) as exit_:
+        kd_main("-m", "--config-name", "digits_teacher", f"run.dir={tmp_path}", *SWEEP, ratios)
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err
+    assert "optim.schedule=nonsense: use one of cosine, linear, constant" in error
+    assert "points of the sweep that failed: optim.schedule=nonsense" in error
+    good = tmp_path / "digits_teacher_sweep" / "optim.schedule=constant"
+    assert json.loads((good / "status.json").read_text())["status"] == "finished"
+
+
+def test_bf16_compute_with_a_teacher_kept_on_the_host(train):
+    teacher = train("digits_teacher", "teacher", "student=digits_small") / "export"
+    options = [f"teacher.name={teacher}", "teacher.dtype=bfloat16"]
+    exact = train("digits_kd", "exact", *options)
+    rounded = train(
+        "digits_kd",
+        "rounded",
+        *options,
+        "teacher.cpu_offload=true",
+        "parallel=bf16",
+        "parallel.cpu_threads=1",
+    )
+    losses = metrics(rounded, "train/loss")
+    assert losses == pytest.approx(metrics(exact, "train/loss"), rel=0.03)
+    assert losses != metrics(exact, "train/loss")
