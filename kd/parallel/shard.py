@@ -43,7 +43,8 @@ def shard(
     policy = MixedPrecisionPolicy(
         param_dtype=DTYPES[config.compute_dtype], reduce_dtype=DTYPES[config.reduce_dtype]
     )
-    offload = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
+    pin_memory = world.device.type == "cuda"
+    offload = CPUOffloadPolicy(pin_memory) if cpu_offload else OffloadPolicy()
     groups = blocks(model)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if embedding.weight is not head.weight:
