@@ -1,0 +1,139 @@
+"""Every shipped YAML composes, converts and validates; the shipped runs also plan themselves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+
+from kd.config import OPTIONS, VlmKDConfig, register, to_object, validate
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+HOST = "qwen_vl_kd"  # sets nothing of `data`, so that any option fits into it
+
+# What an option leaves to its user.
+NEEDS = {
+    "student/pretrained": ["student.name=folder"],
+    "teacher/local": ["teacher.name=folder"],
+    "teacher/none": ["kd_ratio=0"],
+    "data/conversations": ["data.path=rows.jsonl"],
+}
+# The root config that an experiment is made for, where that is not HOST.
+EXPERIMENT_HOSTS = {"digits_ce": "digits_kd"}
+
+ROOTS = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+FILES = sorted(str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.glob("*/*.yaml"))
+EXPERIMENTS = [name for name in FILES if name.startswith("experiment/")]
+GROUP_OPTIONS = [name for name in FILES if name not in EXPERIMENTS]
+
+
+def composed(root: str, *overrides: str) -> VlmKDConfig:
+    """As `kd.run` does it: composed, converted, validated."""
+    register()
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        typed = to_object(compose(root, overrides=list(overrides)))
+    validate(typed)
+    return typed
+
+
+def yaml(name: str) -> DictConfig:
+    """The file itself."""
+    content = OmegaConf.load(CONFIGS / f"{name}.yaml")
+    assert isinstance(content, DictConfig)
+    return content
+
+
+def schema_of(name: str) -> type:
+    """The dataclass that heads the defaults list of a group's YAML."""
+    group, schema = name.split("/")[0], yaml(name).defaults[0]
+    return OPTIONS[group][schema.removesuffix("_schema")]
+
+
+def test_there_are_configs():
+    assert HOST in ROOTS and len(ROOTS) > 2 and EXPERIMENTS
+
+
+@pytest.mark.parametrize("root", ROOTS)
+def test_root_configs(root):
+    config = composed(root)
+    assert config.run.name == root, "two root configs must not share a run directory"
+    first, *_, last = yaml(root).defaults
+    assert first.endswith("_schema")
+    assert last == {"optional experiment": None}, "an experiment must win over its root config"
+
+
+@pytest.mark.parametrize("name", GROUP_OPTIONS)
+def test_group_options(name):
+    group, option = name.split("/")
+    config = composed(HOST, f"{group}={option}", *NEEDS.get(name, []))
+    assert type(getattr(config, group)) is schema_of(name)
+
+
+@pytest.mark.parametrize("name", GROUP_OPTIONS)
+def test_values_belong_to_the_schema(name):
+    content = yaml(name)
+    assert content.pop("defaults")[1:] == ["_self_"]
+    OmegaConf.merge(OmegaConf.structured(schema_of(name)), content)  # raises on a key it lacks
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_experiments(name):
+    experiment = name.split("/")[1]
+    host = EXPERIMENT_HOSTS.get(experiment, HOST)
+    config = composed(host, f"experiment={experiment}")
+    assert config.run.name == experiment
+    values = OmegaConf.to_container(yaml(name))
+    assert isinstance(values, dict)
+    values.pop("defaults", None)
+    assert OmegaConf.merge(OmegaConf.structured(config), values) == OmegaConf.structured(config), (
+        "the root config wins over the experiment"
+    )
+    header = (CONFIGS / f"{name}.yaml").read_text().splitlines()[0]
+    assert header == "# @package _global_"
+
+
+def test_every_schema_has_a_yaml_and_every_group_a_schema():
+    groups = {path.name for path in CONFIGS.iterdir() if path.is_dir()}
+    assert groups == {*OPTIONS, "experiment"}
+    for group, schemas in OPTIONS.items():
+        shipped = {schema_of(name) for name in GROUP_OPTIONS if name.startswith(f"{group}/")}
+        assert shipped == set(schemas.values())
+
+
+def test_groups_bear_the_name_of_what_they_configure():
+    for group, schemas in OPTIONS.items():
+        module = {"student": "model"}.get(group, group)
+        for schema in schemas.values():
+            assert schema.__module__.split(".")[:2] == ["kd", module]
+
+
+# Weights in float32: 4 bytes for each of the student's parameters, divided among the ranks.
+@pytest.mark.parametrize(("nproc", "weights"), [(1, "16.91 GiB"), (8, "2.11 GiB")])
+def test_dry_run_of_the_large_models(kd_main, capsys, tmp_path, monkeypatch, nproc, weights):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    runs = tmp_path / "runs"
+    kd_main("--config-name", HOST, "dry_run=true", f"run.dir={runs}", f"parallel.nproc={nproc}")
+    rows = table(capsys.readouterr().out)
+    assert rows["student parameters"] == "4.539 B"
+    assert rows["of them trained"] == "4.206 B"  # without the frozen vision tower
+    assert rows["teacher parameters"] == "9.410 B"
+    assert rows["student weights (float32, sharded)"] == weights
+    assert rows["rows per optimizer step"] == "16"
+    assert not runs.exists()
+
+
+@pytest.mark.parametrize("arguments", [["digits_teacher"], ["digits_kd", "experiment=digits_ce"]])
+def test_dry_run_of_the_digits(kd_main, capsys, tmp_path, arguments):
+    kd_main("--config-name", *arguments, "dry_run=true", f"run.dir={tmp_path / 'runs'}")
+    rows = table(capsys.readouterr().out)
+    assert rows["teacher parameters"] == "0.000 B"
+    assert not (tmp_path / "runs").exists()
+
+
+def table(printed: str) -> dict[str, str]:
+    """Name -> value of the rows of a printed plan."""
+    lines = [line for line in printed.splitlines() if line.startswith("│")]
+    cells = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines]
+    return dict(cells)
