@@ -84,8 +84,9 @@ class ValidationConfig:
 
     def validate(self) -> None:
         """Refuse values out of range."""
-        if self.max_new_tokens < 1 or self.batch_size < 1 or self.report_samples < 0:
-            raise UserError("validation: max_new_tokens and batch_size must be at least 1")
+        for name, least in {"max_new_tokens": 1, "batch_size": 1, "report_samples": 0}.items():
+            if getattr(self, name) < least:
+                raise UserError(f"validation.{name}={getattr(self, name)}: at least {least}")
 
 
 @dataclass
@@ -166,6 +167,9 @@ def _refuse_unknown(config: DictConfig, typed: Any, prefix: str) -> None:
 
 def validate(config: VlmKDConfig) -> None:
     """Refuse what cannot work, with what to change. Settles the batch sizes."""
+    for group, options in OPTIONS.items():
+        if type(getattr(config, group)) not in options.values():
+            raise UserError(f"no {group} is chosen: give {group}=… or put it in the defaults list")
     config.run.validate()
     config.train.validate()
     config.validation.validate()

@@ -34,14 +34,16 @@ class OptimConfig:
         """Refuse values out of range."""
         if self.schedule not in SCHEDULES:
             raise UserError(f"optim.schedule={self.schedule}: use one of {', '.join(SCHEDULES)}")
-        if not self.lr > 0:
-            raise UserError(f"optim.lr={self.lr}: must be above 0")
+        if not 0 < self.lr < math.inf:
+            raise UserError(f"optim.lr={self.lr}: must be above 0, and finite")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"optim.betas={self.betas}: give two numbers in [0, 1)")
         if not self.eps > 0:
             raise UserError(f"optim.eps={self.eps}: must be above 0")
-        if self.weight_decay < 0:
-            raise UserError(f"optim.weight_decay={self.weight_decay}: must not be negative")
+        if not 0 <= self.weight_decay < math.inf:
+            raise UserError(
+                f"optim.weight_decay={self.weight_decay}: must be 0 or more, and finite"
+            )
         if self.warmup_steps < 0:
             raise UserError(f"optim.warmup_steps={self.warmup_steps}: must not be negative")
         if not 0 <= self.min_lr_ratio <= 1:

@@ -23,6 +23,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from yaml import YAMLError
 
 from kd.config import VlmKDConfig, register, to_object, validate
 from kd.types import UserError
@@ -41,7 +42,9 @@ HYDRA_SETTINGS = (
     "hydra/hydra_logging=none",
     "hydra.sweep.dir=${run.dir}/${run.name}_sweep",
     "hydra.sweep.subdir=.",
-    "+hydra.callbacks.summary={_target_:kd.sweep.SweepSummary,sweep_dir:'${hydra.sweep.dir}'}",
+)
+SWEEP_TABLE = (
+    "+hydra.callbacks.summary={_target_:kd.sweep.SweepSummary,sweep_dir:'${hydra.sweep.dir}'}"
 )
 
 
@@ -128,6 +131,8 @@ def plain_words(error: Exception) -> str:
     if lines[0].startswith("Cannot find primary config"):
         names = sorted(path.stem for path in Path(config_dir()).glob("*.yaml"))
         return f"{lines[0].split('.')[0]}; shipped ones: {', '.join(names)}"
+    if lines[0].startswith("Ambiguous value"):
+        return f"{lines[0]}: add -m to run every value, or quote a list as [a,b]"
     if lines[0].startswith("Error merging override") and error.__cause__ is not None:
         lines[1:] = str(error.__cause__).splitlines()
     if len(lines) > 2 and lines[1].startswith("Available options"):
@@ -153,6 +158,8 @@ def with_settings(argv: list[str]) -> list[str]:
     parsed = OverridesParser.create().parse_overrides([a for a in argv[1:] if is_override(a)])
     fixed = ",".join(o.key_or_group for o in parsed if not o.is_sweep_override())
     settings = [*HYDRA_SETTINGS, f"hydra.job.config.override_dirname.exclude_keys=[{fixed}]"]
+    if {"-m", "--multirun"} & set(argv):
+        settings.append(SWEEP_TABLE)
     # argparse wants all overrides in one piece.
     first = next((i for i, arg in enumerate(argv) if i and is_override(arg)), len(argv))
     return [*argv[:first], *settings, *argv[first:]]
@@ -171,7 +178,7 @@ def main() -> None:
             raise HydraException("name a config, e.g. --config-name digits_kd; --help says more")
         sys.argv[:] = with_settings(sys.argv)
         hydra.main(version_base="1.3", config_path=config_dir(), config_name=None)(run)()
-    except (HydraException, OmegaConfBaseException) as error:  # before there was a job
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:  # before there was a job
         complain(error)
         raise SystemExit(2) from None
     except KeyboardInterrupt:

@@ -19,7 +19,13 @@ from kd.types import UserError
 FREE_KEYS = (
     "run.dir",
     "run.resume",
-    "parallel",
+    "parallel.nproc",
+    "parallel.dp_replicate",
+    "parallel.device",
+    "parallel.activation_checkpointing",
+    "parallel.sync_every_micro_batch",
+    "parallel.cpu_threads",
+    "parallel.timeout_s",
     "logger",
     "checkpoint",
     "traceback",
@@ -35,7 +41,7 @@ FREE_KEYS = (
 class RunConfig:
     """Where a run lives."""
 
-    name: str = "???"
+    name: str = ""
     """Folder of the run below `dir`."""
     dir: str = "runs"
     seed: int = 0
@@ -44,7 +50,8 @@ class RunConfig:
 
     def validate(self) -> None:
         """Refuse names that are no folder below `dir`."""
-        if not self.name or Path(self.name).is_absolute() or ".." in Path(self.name).parts:
+        path = Path(self.name)
+        if path == Path() or path.is_absolute() or ".." in path.parts:
             raise UserError(f"run.name={self.name!r}: give the name of a folder below run.dir")
 
     @property

@@ -8,7 +8,7 @@ python=$(bash scripts/setup.sh)
 step() { printf '\n== %s\n' "$1"; }
 step "1/3 teacher: cross-entropy on its own images"
 "$python" -m kd.run --config-name digits_teacher "$@"
-step "2/3 student: distilled, on few labelled images"
+step "2/3 student: distilled, on other images whose labels are wrong three times in ten"
 "$python" -m kd.run --config-name digits_kd "$@"
 step "3/3 the same student by cross-entropy alone"
 "$python" -m kd.run --config-name digits_kd experiment=digits_ce "$@"

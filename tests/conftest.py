@@ -19,6 +19,7 @@ from kd import run as kd_run
 FAST = [
     "train.max_steps=6",
     "train.micro_batch_size=4",
+    "train.log_every=1",
     "train.val_every=null",
     "data.val_samples=10",
     "optim.warmup_steps=2",

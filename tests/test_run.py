@@ -10,6 +10,7 @@ SWEEP = [
     "student=digits_small",
     "train.max_steps=2",
     "train.micro_batch_size=2",
+    "train.log_every=1",
     "train.val_every=null",
     "optim.warmup_steps=0",
     "logger=jsonl",

@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
-from kd.model.tiny import build_processor
+from kd.model.tiny import SPECIAL_TOKENS, build_processor
 from kd.types import UserError
 
 
@@ -38,7 +38,7 @@ class ProcessorConfig:
 
     def validate(self, key: str) -> None:
         """Refuse pixel bounds that no image can meet."""
-        low, high = self.min_pixels or 1, self.max_pixels
+        low, high = 1 if self.min_pixels is None else self.min_pixels, self.max_pixels
         if low < 1 or (high is not None and high < low):
             raise UserError(
                 f"{key}.processor: min_pixels={self.min_pixels}, max_pixels={high}: "
@@ -55,8 +55,10 @@ class ProcessorConfig:
                 f"{type(processor.image_processor).__name__} has no pixel bounds: remove "
                 "processor.min_pixels and processor.max_pixels"
             )
-        size["shortest_edge"] = self.min_pixels or size["shortest_edge"]
-        size["longest_edge"] = self.max_pixels or size["longest_edge"]
+        if self.min_pixels is not None:
+            size["shortest_edge"] = self.min_pixels
+        if self.max_pixels is not None:
+            size["longest_edge"] = self.max_pixels
         if size["shortest_edge"] > size["longest_edge"]:
             raise UserError(
                 f"processor: {size['shortest_edge']} pixels at least and {size['longest_edge']} at "
@@ -156,6 +158,13 @@ class PretrainedModel(ModelConfig):
                 trust_remote_code=self.trust_remote_code,
             )
 
+    def dry_config(self) -> PreTrainedConfig:
+        """The config of a local folder, else `architecture`."""
+        if not Path(self.name).is_dir():
+            return super().dry_config()
+        with _plain_errors(self.name, self.revision):
+            return self._config()
+
     def _config(self) -> PreTrainedConfig:
         config = AutoConfig.from_pretrained(
             self.name, revision=self.revision, trust_remote_code=self.trust_remote_code
@@ -173,6 +182,13 @@ class ScratchModel(ModelConfig):
     vocab_size: int = 512
     """Largest vocabulary of the tokenizer; the model's has the size that the texts fill."""
     export_dtype: str = "float32"
+
+    def validate(self, key: str) -> None:
+        """Also refuse a vocabulary without room for every byte and the special tokens."""
+        super().validate(key)
+        smallest = 256 + len(SPECIAL_TOKENS)
+        if self.vocab_size < smallest:
+            raise UserError(f"{key}.vocab_size={self.vocab_size}: at least {smallest} are needed")
 
     def build_processor(self, corpus: Callable[[], list[str]]) -> ProcessorMixin:
         """A tokenizer trained on `corpus`, or the processor named by `processor.name`."""
@@ -201,9 +217,14 @@ class ScratchModel(ModelConfig):
 
 
 def _from_config(config: PreTrainedConfig, spec: ModelConfig) -> PreTrainedModel:
-    return AutoModelForImageTextToText.from_config(
-        config, dtype=spec.dtype, attn_implementation=spec.attn_implementation
-    )
+    try:
+        return AutoModelForImageTextToText.from_config(
+            config, dtype=spec.dtype, attn_implementation=spec.attn_implementation
+        )
+    except ValueError as error:
+        raise UserError(
+            f"cannot build a {config.model_type} model: {_first_line(error)}"
+        ) from error
 
 
 def _uninitialised(config: PreTrainedConfig, spec: ModelConfig) -> PreTrainedModel:

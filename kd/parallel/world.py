@@ -52,6 +52,11 @@ class ParallelConfig:
                 )
         if self.nproc < 1:
             raise UserError(f"parallel.nproc={self.nproc}: at least one rank is needed")
+        if self.cpu_threads < 0 or self.timeout_s < 1:
+            raise UserError(
+                f"parallel.cpu_threads={self.cpu_threads}, parallel.timeout_s={self.timeout_s}: "
+                "give threads of 0 or more and at least a second"
+            )
         ranks = self.num_ranks()
         if self.dp_replicate < 1 or ranks % self.dp_replicate:
             raise UserError(

@@ -61,7 +61,7 @@ def test_root_configs(root):
     assert config.run.name == root, "two root configs must not share a run directory"
     first, *_, last = yaml(root).defaults
     assert first.endswith("_schema")
-    assert last == {"optional experiment": None}, "an experiment must win over its root config"
+    assert last == {"experiment": None}, "an experiment must win over its root config"
 
 
 @pytest.mark.parametrize("name", GROUP_OPTIONS)

@@ -38,11 +38,14 @@ def rows(tmp_path: Path) -> Path:
     return path
 
 
-def ranks(name: str, nproc: int, *overrides: str) -> None:
-    """`python -m kd.run parallel.nproc=…`."""
-    command = [sys.executable, "-m", "kd.run", "--config-name", CONFIG, f"run.name={name}"]
+PYTHON = [sys.executable, "-m", "kd.run"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+
+
+def ranks(name: str, *overrides: str, command: list[str] = PYTHON) -> None:
+    """Run on two ranks."""
     done = subprocess.run(
-        [*command, f"parallel.nproc={nproc}", *overrides],
+        [*command, "--config-name", CONFIG, f"run.name={name}", *overrides],
         env=subprocess_env(),
         capture_output=True,
         text=True,
@@ -90,17 +93,20 @@ def test_ranks_equal_one_process(train, rows, tmp_path):
             got = metrics(tmp_path / "runs" / name, key)
             assert got == pytest.approx(expected[key], rel=1e-6), (name, key)
 
-    ranks("sharded", 2, *base, "train.micro_batch_size=1")
+    two = ["parallel.nproc=2"]
+    ranks("sharded", *base, *two, "train.micro_batch_size=1")
     check("sharded")
     for key in ("val/accuracy", "val/rows", "data/dropped_too_long"):
         assert metrics(tmp_path / "runs" / "sharded", key) == metrics(one, key)
-    ranks("replicated", 2, *base, "train.micro_batch_size=2", "parallel.dp_replicate=2")
+    replicated = ["train.micro_batch_size=2", "parallel.dp_replicate=2"]
+    torchrun = [*TORCHRUN, "--nproc-per-node", "2", "-m", "kd.run"]
+    ranks("replicated", *base, *replicated, command=torchrun)
     check("replicated")
 
     # Both ways: two ranks go on from one rank's checkpoint, and one from two's.
     checkpoints = tmp_path / "runs" / "one" / "checkpoints"
     shutil.rmtree(checkpoints / "step_000004")
-    ranks("one", 2, *base, "train.micro_batch_size=2")
+    ranks("one", *base, *two, "train.micro_batch_size=2")
     check("one")
     shutil.rmtree(tmp_path / "runs" / "sharded" / "checkpoints" / "step_000004")
     train(CONFIG, "sharded", *base, "train.micro_batch_size=2")

@@ -165,7 +165,7 @@ def test_rendering_is_compared_by_what_it_does(processor, tmp_path):
 
 def test_tokenizers_are_compared_token_by_token(processor):
     other = build_processor([*TEXTS, "Eine gelbe Sonne, zweimal: Sonne, Sonne."], 320)
-    with pytest.raises(UserError, match="different tokenizers: .* differ, first"):
+    with pytest.raises(UserError, match=r"different tokenizers: .* differ, first"):
         check_same_tokenizer(processor.tokenizer, other.tokenizer)
     check_same_tokenizer(processor.tokenizer, build_processor(TEXTS, 320).tokenizer)
 
@@ -189,7 +189,7 @@ def test_a_text_model_is_refused(processor, tmp_path):
 
 
 def test_a_missing_folder_is_named():
-    with pytest.raises(UserError, match="cannot load ./nowhere/model: there is no such folder"):
+    with pytest.raises(UserError, match=r"cannot load \./nowhere/model: there is no such folder"):
         PretrainedModel(name="./nowhere/model").build_processor(list)
 
 

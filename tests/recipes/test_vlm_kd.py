@@ -187,7 +187,7 @@ def test_non_finite_loss_names_the_step_and_its_rows(train, capsys):
 
 
 def test_hybrid_attention_student(train, teacher):
-    layers = "[linear_attention,full_attention]"
+    layers = "[linear_attention,full_attention,full_attention]"
     run = train(
         "digits_kd",
         "hybrid",
@@ -208,6 +208,7 @@ def test_killed_at_any_moment_resumes_from_the_last_whole_checkpoint(train, tmp_
         "logger=jsonl",
         "train.val_every=null",
         "train.micro_batch_size=2",
+        "train.log_every=1",
         "optim.warmup_steps=2",
         "parallel.cpu_threads=1",
     ]
@@ -253,7 +254,7 @@ def test_another_config_in_the_same_directory_is_refused(train, capsys):
     with pytest.raises(SystemExit) as exit_:
         train("digits_teacher", "taken", "student=digits_small", "optim.lr=0.5")
     assert exit_.value.code == 2
-    assert "optim.lr: 0.002 -> 0.5" in capsys.readouterr().err
+    assert "optim.lr: 0.0006 -> 0.5" in capsys.readouterr().err
     assert (run / "metrics.jsonl").read_text() == before
 
 
