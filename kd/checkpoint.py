@@ -9,12 +9,16 @@ whole checkpoint in place.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import logging
+import math
 import os
 import random
 import shutil
 import zlib
+from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +29,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -38,6 +43,23 @@ from kd.parallel import World
 from kd.types import UserError
 
 log = logging.getLogger("kd")
+
+
+@dataclass
+class Best:
+    """The best step so far by `metric`; it travels inside the checkpoints."""
+
+    step: int
+    metric: str
+    mode: str
+    value: float
+
+
+@dataclass
+class _Pending:
+    future: Future
+    step: int
+    best: Best | None
 
 
 @dataclass
@@ -68,62 +90,84 @@ class Checkpoints:
         self.folder = folder
         self.world = world
         self.config = config
-        self._pending: tuple[Future, int] | None = None
+        self._pending: _Pending | None = None
         # A gloo group of its own: a background save must not mix its collectives with training's.
         self._group = dist.new_group(backend="gloo") if config.save_async else None
-        self._best = self._read_best()
+        self._best: Best | None = None
 
     # ---- writing -------------------------------------------------------------------------------
 
     def save(self, step: int, student: nn.Module, optimizer: Optimizer, small: dict) -> None:
-        """Write the state after `step`; `small` is JSON and the same on every rank."""
+        """Write the state after `step`; `small` is JSON and the same on every rank.
+
+        Raises OSError where the disk refuses.
+        """
         self.finish()
-        partial = self.folder / f".partial_{step:06d}"
+        partial = self._partial(step)
         if self.world.is_main:
-            self._sweep_partial()
+            for leftover in self.folder.glob(".partial_*"):
+                shutil.rmtree(leftover)
             (partial / "random").mkdir(parents=True)
         self.world.barrier()
         (partial / "random" / f"rank_{self.world.rank:05d}.json").write_text(random_state())
         if self.world.is_main:
-            (partial / "small.json").write_text(json.dumps({"step": step, **small}, indent=1))
+            best = None if self._best is None else dataclasses.asdict(self._best)
+            small = {"step": step, "best": best, **small}
+            (partial / "small.json").write_text(json.dumps(small, indent=1))
         state = _state(student, optimizer)
-        if not self.config.save_async:
-            dcp.save(state, checkpoint_id=partial / "state")
-            self._commit(step)
-            return
-        # Staged here and now: training goes on with these very tensors.
-        staged = {"state": _cpu_copy(state)}
-        future = dcp.async_save(
-            staged["state"], checkpoint_id=partial / "state", process_group=self._group
-        )
-        self._pending = (cast(Future, future), step)
+        if self.config.save_async:
+            future = dcp.async_save(
+                _own_copy(state), checkpoint_id=partial / "state", process_group=self._group
+            )
+            self._pending = _Pending(cast(Future, future), step, self._best)
+        else:
+            with _plain_errors():
+                dcp.save(state, checkpoint_id=partial / "state")
+            self._commit(step, self._best)
+
+    def poll(self) -> None:
+        """Make a background save visible as soon as every rank has written its part."""
+        if self._pending is not None:
+            (unfinished,) = self.world.sum_ints(not self._pending.future.done())
+            if not unfinished:
+                self.finish()
 
     def finish(self) -> None:
         """Wait for a background save and make it visible."""
         if self._pending is not None:
-            future, step = self._pending
-            self._pending = None
-            future.result()
-            self._commit(step)
+            pending, self._pending = self._pending, None
+            with _plain_errors():
+                pending.future.result()
+            self._commit(pending.step, pending.best)
 
-    def _commit(self, step: int) -> None:
+    def _commit(self, step: int, best: Best | None) -> None:
         self.world.barrier()
+        partial = self._partial(step)
+        files = sorted(path for path in partial.rglob("*") if path.is_file())
+        mine = files[self.world.rank :: self.world.size]  # reading them all is work: shared
+        sums = {str(path.relative_to(partial)): _checksum(path) for path in mine}
+        manifest = {name: s for rank in self.world.gather(sums) for name, s in rank.items()}
         if self.world.is_main:
-            partial = self.folder / f".partial_{step:06d}"
-            _write_manifest(partial)
+            write_atomic(partial / "manifest.json", json.dumps(manifest, indent=1))
             final = self.path(step)
-            if final.exists():  # of a run that was rewound: the new one replaces it
+            if final.exists():  # damaged, or it would have been resumed from
                 shutil.rmtree(final)
             os.rename(partial, final)
             _fsync(self.folder)
-            if self._best is not None:
-                write_atomic(self.folder / "best.json", json.dumps(self._best))
-            self._prune()
+            self._prune(step, best)
         self.world.barrier()
+
+    def _prune(self, newest: int, best: Best | None) -> None:
+        # Later steps are damaged ones that a resume has passed over: they keep nothing alive.
+        steps = [step for step in self.steps() if step <= newest]
+        keep = {*steps[-self.config.keep_last :], *([best.step] if best else [])}
+        for step in steps:
+            if step not in keep:
+                shutil.rmtree(self.path(step))
 
     def record_best(self, step: int, metrics: dict[str, float]) -> bool:
         """Whether `best_metric` has improved; the caller then saves this very step."""
-        name = self.config.best_metric
+        name, mode = self.config.best_metric, self.config.best_mode
         if name is None:
             return False
         if name not in metrics:
@@ -131,30 +175,16 @@ class Checkpoints:
                 f"checkpoint.best_metric={name} is not among the validation metrics: "
                 + ", ".join(sorted(metrics))
             )
-        value = metrics[name]
-        sign = 1 if self.config.best_mode == "min" else -1
-        improved = self._best is None or sign * value < sign * self._best["value"]
-        if improved:
-            self._best = {"step": step, "metric": name, "value": value}
-        return improved
+        value, sign = metrics[name], 1 if mode == "min" else -1
+        if not math.isfinite(value):
+            return False
+        if self._best is not None and sign * value >= sign * self._best.value:
+            return False
+        self._best = Best(step, name, mode, value)
+        return True
 
-    def _read_best(self) -> dict[str, Any] | None:
-        path = self.folder / "best.json"
-        best = json.loads(path.read_text()) if path.exists() else None
-        return best if best and best["metric"] == self.config.best_metric else None
-
-    def _sweep_partial(self) -> None:
-        for leftover in self.folder.glob(".partial_*"):
-            shutil.rmtree(leftover)
-
-    def _prune(self) -> None:
-        steps = self.steps()
-        keep = set(steps[-self.config.keep_last :])
-        if self._best is not None:
-            keep.add(self._best["step"])
-        for step in steps:
-            if step not in keep:
-                shutil.rmtree(self.path(step))
+    def _partial(self, step: int) -> Path:
+        return self.folder / f".partial_{step:06d}"
 
     # ---- reading -------------------------------------------------------------------------------
 
@@ -168,7 +198,7 @@ class Checkpoints:
 
     def best_step(self) -> int | None:
         """The step kept as best by validation."""
-        return self._best["step"] if self._best else None
+        return self._best.step if self._best else None
 
     def newest_whole(self) -> int | None:
         """The newest step whose files all match their manifest; damaged ones are named."""
@@ -196,7 +226,20 @@ class Checkpoints:
         mine = path / "random" / f"rank_{self.world.rank:05d}.json"
         if mine.exists():  # absent where the run went on with more ranks
             set_random_state(mine.read_text())
-        return json.loads((path / "small.json").read_text())
+        small = json.loads((path / "small.json").read_text())
+        best = None if small["best"] is None else Best(**small["best"])
+        asked = (self.config.best_metric, self.config.best_mode)
+        self._best = best if best and (best.metric, best.mode) == asked else None
+        return small
+
+
+@contextlib.contextmanager
+def _plain_errors() -> Iterator[None]:
+    """Raise what went wrong on some rank instead of what wraps it, which is no Exception."""
+    try:
+        yield
+    except CheckpointException as error:
+        raise next(cause for cause, _ in error.failures.values()) from None
 
 
 def _state(student: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
@@ -204,9 +247,10 @@ def _state(student: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     return {"student": student_state, "optimizer": optimizer_state}
 
 
-def _cpu_copy(state: Any) -> Any:
+def _own_copy(state: Any) -> Any:
+    """Tensors that training will not change: what lies on a GPU is copied when it is staged."""
     return torch.utils._pytree.tree_map(
-        lambda x: x.detach().clone() if isinstance(x, torch.Tensor) else x, state
+        lambda x: x.detach().clone() if isinstance(x, torch.Tensor) and x.is_cpu else x, state
     )
 
 
@@ -221,13 +265,10 @@ def _crc(path: Path) -> int:
     return crc
 
 
-def _write_manifest(folder: Path) -> None:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    for path in files:
-        _fsync(path)
-    manifest = {str(p.relative_to(folder)): [p.stat().st_size, _crc(p)] for p in files}
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
-    _fsync(folder / "manifest.json")
+def _checksum(path: Path) -> list[int]:
+    """[size, CRC] of a file that is on the disk for good."""
+    _fsync(path)
+    return [path.stat().st_size, _crc(path)]
 
 
 def verify(folder: Path) -> str | None:
@@ -321,6 +362,7 @@ def export(
         model.save_pretrained(partial, state_dict=weights)
         processor.save_pretrained(partial)
         old = folder.with_name(f".old_{folder.name}")
+        shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
             os.rename(folder, old)
         os.rename(partial, folder)

@@ -13,7 +13,7 @@ from kd.checkpoint import CheckpointConfig
 from kd.data import ConversationsConfig, DataConfig, DigitsConfig, MedPixConfig
 from kd.logger import DefaultLoggerConfig, LoggerConfig, WandbLoggerConfig
 from kd.loss import ForwardKLConfig, JSDConfig, LossConfig, ReverseKLConfig
-from kd.model import ModelConfig, PretrainedModel, ScratchModel
+from kd.model import PretrainedStudent, ScratchModel, TrainedModel
 from kd.optim import OptimConfig
 from kd.parallel import ParallelConfig
 from kd.rollout import DatasetRollout, RolloutConfig
@@ -98,8 +98,8 @@ class VlmKDConfig:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     kd_ratio: float = 0.5
-    """Share of the KD loss; 0: cross-entropy alone, 1: KD alone."""
-    student: ModelConfig = field(default_factory=ModelConfig)
+    """Share of the KD loss; 0: cross-entropy alone, and no teacher is loaded; 1: KD alone."""
+    student: TrainedModel = field(default_factory=TrainedModel)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -112,9 +112,14 @@ class VlmKDConfig:
     traceback: bool = False
     """Show a mistake's traceback as well as its plain words."""
 
+    @property
+    def asked_teacher(self) -> TeacherConfig:
+        """The teacher that is loaded: at kd_ratio=0 there is nothing to ask it."""
+        return self.teacher if self.kd_ratio > 0 else NoTeacherConfig()
+
 
 OPTIONS: dict[str, dict[str, type]] = {
-    "student": {"pretrained": PretrainedModel, "scratch": ScratchModel},
+    "student": {"pretrained": PretrainedStudent, "scratch": ScratchModel},
     "teacher": {"local": LocalTeacherConfig, "none": NoTeacherConfig},
     "data": {
         "digits": DigitsConfig,
@@ -189,10 +194,6 @@ def validate(config: VlmKDConfig) -> None:
         raise UserError(
             f"kd_ratio={config.kd_ratio} needs a teacher: choose one with teacher=…, or kd_ratio=0"
         )
-    if config.kd_ratio == 0 and has_teacher:
-        raise UserError(
-            "kd_ratio=0 never asks the teacher: use teacher=none, which does not load it"
-        )
     if config.student.dtype != "float32":
         raise UserError(
             f"student.dtype={config.student.dtype}: the trained weights are kept in float32 (small "
@@ -200,8 +201,11 @@ def validate(config: VlmKDConfig) -> None:
         )
     if config.train.export == "best" and config.checkpoint.best_metric is None:
         raise UserError("train.export=best needs checkpoint.best_metric")
-    if config.checkpoint.best_metric is not None and config.train.val_every is None:
+    metric = config.checkpoint.best_metric
+    if metric is not None and config.train.val_every is None:
         raise UserError("checkpoint.best_metric needs train.val_every")
+    if metric is not None and "accuracy" in metric and not config.validation.generate:
+        raise UserError(f"checkpoint.best_metric={metric} needs validation.generate=true")
     if config.optim.warmup_steps > config.train.max_steps:
         raise UserError(
             f"optim.warmup_steps={config.optim.warmup_steps} exceeds "

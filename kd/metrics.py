@@ -53,8 +53,10 @@ class Timer:
         self.marks.append((name, start, self._now()))
 
     def flush(self) -> dict[str, float]:
-        """Seconds per name since the last flush; on a GPU, call it after a sync."""
+        """Seconds per name since the last flush; waits for a GPU to reach the last mark."""
         seconds: dict[str, float] = {}
+        if self.marks and isinstance(self.marks[-1][2], torch.cuda.Event):
+            self.marks[-1][2].synchronize()
         for name, start, end in self.marks:
             if isinstance(start, float) or isinstance(end, float):
                 elapsed_s = float(end) - float(start)  # type: ignore[arg-type]

@@ -17,7 +17,6 @@ from rich.table import Table
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from kd.config import VlmKDConfig
@@ -63,6 +62,8 @@ class Plan:
 
 @contextmanager
 def _pretend_ranks(config: VlmKDConfig) -> Iterator[World]:
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
     ranks, replicas = config.parallel.num_ranks(), config.parallel.dp_replicate
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     try:
@@ -109,8 +110,9 @@ def make_plan(config: VlmKDConfig) -> Plan:
             rows_per_step=config.train.global_batch_size or 0,
             tokens_per_step=(config.train.global_batch_size or 0) * config.data.max_length,
         )
-        if isinstance(config.teacher, LocalTeacherConfig):
-            _add_teacher(plan, config.teacher, config, world)
+        teacher = config.asked_teacher
+        if isinstance(teacher, LocalTeacherConfig):
+            _add_teacher(plan, teacher, config, world)
         return plan
 
 
@@ -122,7 +124,7 @@ def _add_teacher(
     vlm = FrozenVLM(model)
     vlm.distribute(world, config.parallel)
     plan.teacher_parameters = whole.parameters
-    held_bytes = DTYPES[teacher.dtype].itemsize
+    held_bytes = getattr(torch, teacher.dtype).itemsize
     plan.teacher_weights = 0 if teacher.cpu_offload else held_bytes * _local_numel(vlm)
     compute_bytes = DTYPES[config.parallel.compute_dtype].itemsize
     plan.gathered += compute_bytes * (whole.root + 2 * whole.largest_block)

@@ -1,6 +1,6 @@
 """The front door: `python -m kd.run --config-name digits_kd [key=value …]`.
 
-Composes the config, checks it, and launches: in this process, as one rank of a torchrun or SLURM
+Composes the config, checks it, and launches: in this process, as one rank of a torchrun
 job, or (parallel.nproc=N) by starting the ranks itself. A user's mistake ends in one or two plain
 lines and exit code 2.
 """
@@ -12,6 +12,7 @@ import itertools
 import logging
 import os
 import sys
+import time
 from pathlib import Path
 
 import hydra
@@ -54,6 +55,14 @@ def config_dir() -> str:
     return str(inside if inside.is_dir() else Path(__file__).parents[1] / "configs")
 
 
+class RanksFailed(Exception):
+    """A rank that was started here ended with `exit_code`."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__(f"a rank ended with exit code {exit_code}")
+        self.exit_code = exit_code
+
+
 def run(config: DictConfig) -> None:
     """One job: a single run, or one point of a sweep; a failed point does not end the sweep."""
     hydra_config = HydraConfig.get()
@@ -65,6 +74,10 @@ def run(config: DictConfig) -> None:
         complain(error)
         if hydra_config.mode != RunMode.MULTIRUN:
             raise SystemExit(2) from None
+        failed_points.append(hydra_config.job.override_dirname)
+    except RanksFailed as failure:  # they have said why
+        if hydra_config.mode != RunMode.MULTIRUN:
+            raise SystemExit(failure.exit_code) from None
         failed_points.append(hydra_config.job.override_dirname)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
@@ -115,9 +128,8 @@ def launch_ranks(typed: VlmKDConfig, hydra_config: DictConfig, overrides: list[s
     try:
         elastic_launch(settings, sys.executable)(*command, *overrides)
     except ChildFailedError as error:
-        # The rank has said what was wrong.
         _, failure = error.get_first_failure()
-        raise SystemExit(failure.exitcode if failure.exitcode > 0 else 1) from None
+        raise RanksFailed(failure.exitcode if failure.exitcode > 0 else 1) from None
 
 
 def plain_words(error: Exception) -> str:
@@ -146,6 +158,8 @@ def complain(error: Exception) -> None:
     """Say what is wrong, and on which rank."""
     rank = os.environ.get("RANK", "0")
     prefix = "" if rank == "0" else f"[rank {rank}] "
+    if rank != "0":  # which mostly has the same to say, and then ends all ranks
+        time.sleep(2)
     print(f"{prefix}error: {plain_words(error)}", file=sys.stderr)
 
 
@@ -169,8 +183,10 @@ def main() -> None:
     """Compose, run, and turn mistakes into plain words."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach us instead of Hydra's printer
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for noisy in ("httpx", "torch.distributed", "torch.distributed.elastic", "datasets"):
+    for noisy in ("httpx", "huggingface_hub", "torch.distributed", "datasets"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
+    # Of a rank that fails, which has said why itself.
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     register()
     failed_points.clear()
     try:

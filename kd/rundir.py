@@ -53,6 +53,8 @@ class RunConfig:
         path = Path(self.name)
         if path == Path() or path.is_absolute() or ".." in path.parts:
             raise UserError(f"run.name={self.name!r}: give the name of a folder below run.dir")
+        if self.seed < 0:
+            raise UserError(f"run.seed={self.seed}: must be 0 or more")
 
     @property
     def path(self) -> Path:
@@ -94,7 +96,7 @@ class RunDir:
     def _open(self, config: dict[str, Any], overrides: list[str], resume: bool) -> None:
         saved = self.path / "config.yaml"
         text = OmegaConf.to_yaml(OmegaConf.create(config))
-        if saved.exists():
+        if saved.exists() and self._has_begun():
             if not resume:
                 raise UserError(
                     f"{self.path} holds a run already and run.resume=false: "
@@ -111,6 +113,10 @@ class RunDir:
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         write_atomic(saved, text)
         write_atomic(self.path / "overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(overrides)))
+
+    def _has_begun(self) -> bool:
+        """Whether there is anything to lose: a step, or a checkpoint."""
+        return (self.path / "metrics.jsonl").exists() or any(self.checkpoints.glob("step_*"))
 
     def read_status(self) -> dict[str, Any]:
         """What `write_status` wrote last; empty for a new run."""

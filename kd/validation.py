@@ -110,7 +110,8 @@ class Validator:
     def _generate(
         self, model: Student | LocalTeacher | NoTeacher, batch: Batch
     ) -> tuple[list[str], int]:
-        prompts = self.collator.prompts(batch.samples).to(self.world.device)
+        is_teacher = not isinstance(model, Student)
+        prompts = self.collator.prompts(batch.samples, teacher=is_teacher).to(self.world.device)
         eos = self.collator.student.eos_token_id
         ids = model.generate(prompts, self.config.max_new_tokens, eos)
         if ids is None:

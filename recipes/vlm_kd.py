@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+from collections.abc import Iterator
 
 import torch
 from transformers.utils import logging as transformers_logging
@@ -36,9 +37,10 @@ class VlmKD:
         self.cfg, self.world, self.device = cfg, world, world.device
         torch.manual_seed(cfg.run.seed)
 
-        rows, val_rows = cfg.data.build("train"), cfg.data.build("validation")
+        rows = cfg.data.build("train")
+        val_rows = cfg.data.build("validation") if cfg.train.val_every else None
         self.processor = cfg.student.build_processor(cfg.data.corpus)
-        teacher_processor = cfg.teacher.build_processor(cfg.data.corpus)
+        teacher_processor = cfg.asked_teacher.build_processor(cfg.data.corpus)
         renderer = Renderer(self.processor, cfg.student.processor.chat_template_kwargs)
         teacher_renderer = None
         if teacher_processor is not None:
@@ -57,7 +59,7 @@ class VlmKD:
         if cfg.parallel.activation_checkpointing:
             self.student.checkpoint_activations()
         self.student.distribute(world, cfg.parallel)
-        self.teacher = cfg.teacher.build_teacher(teacher_processor, world, cfg.parallel)
+        self.teacher = cfg.asked_teacher.build_teacher(teacher_processor, world, cfg.parallel)
         self.optimizer, self.scheduler = cfg.optim.build(self.student, cfg.train.max_steps)
 
         stream = BatchStream(
@@ -71,32 +73,36 @@ class VlmKD:
         )
         self.source = cfg.rollout.build(stream, cfg.data.on_broken_row)
         split = Split(cfg.validation.batch_size, world.rank, world.size)
+
+        def batches() -> Iterator[Batch]:
+            assert val_rows is not None  # there is no validation without train.val_every
+            return validation_batches(val_rows, collator, split)
+
         self.validator = Validator(
-            lambda: validation_batches(val_rows, collator, split),
+            batches,
             collator,
             self.processor.tokenizer,
             cfg.validation,
             cfg.data.on_broken_row,
             world,
         )
-        self.run_dir = RunDir(cfg.run.path, world)
         self.timer = Timer(self.device)
         self.step = 0
 
-    def train(self, overrides: list[str]) -> None:
+    def train(self, run_dir: RunDir) -> None:
         """From the last checkpoint, or the first step, to the exported model."""
-        cfg, resolved = self.cfg, dataclasses.asdict(self.cfg)
-        self.run_dir.open(resolved, overrides, cfg.run.resume)
+        cfg, self.run_dir = self.cfg, run_dir
         self.checkpoints = Checkpoints(self.run_dir.checkpoints, self.world, cfg.checkpoint)
         self.resume()
         logger = cfg.logger.build(cfg.run.path, self.world.rank)
-        logger.start(resolved, cfg.train.max_steps, self.step)
+        logger.start(dataclasses.asdict(cfg), cfg.train.max_steps, self.step)
         self.run_dir.write_status("running", self.step)
         failed = True
         try:
             while self.step < cfg.train.max_steps:
                 metrics = self.train_step()
                 self.step += 1
+                self.checkpoints.poll()
                 last = self.step == cfg.train.max_steps
                 if last or self.step % cfg.train.log_every == 0:
                     logger.log(self.step, metrics)
@@ -177,9 +183,13 @@ class VlmKD:
 
     def clip_gradients(self) -> torch.Tensor:
         """Scale the gradients to `max_grad_norm`; returns the norm before."""
-        norm = torch.nn.utils.clip_grad_norm_(
-            [p for p in self.student.parameters() if p.requires_grad], self.cfg.train.max_grad_norm
-        )
+        parameters = [p for p in self.student.parameters() if p.requires_grad]
+        for p in parameters:
+            # A tower that saw no image: an absent gradient would leave a hole in the optimizer's
+            # state, which then could not be resumed, and would differ from other ranks' zeros.
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.cfg.train.max_grad_norm)
         return norm.full_tensor() if isinstance(norm, torch.distributed.tensor.DTensor) else norm
 
     def refuse_non_finite(self, batches: list[Batch], loss: float, norm: float) -> None:
@@ -244,8 +254,15 @@ def main(cfg: VlmKDConfig, overrides: list[str]) -> None:
     if cfg.dry_run:
         print_plan(cfg)
         return
+    if cfg.kd_ratio == 0 and cfg.asked_teacher is not cfg.teacher:
+        log.info("kd_ratio=0: no teacher is loaded")
     world = cfg.parallel.build()
     try:
-        VlmKD(cfg, world).train(overrides)
-    finally:
-        world.close()
+        run_dir = RunDir(cfg.run.path, world)
+        run_dir.open(dataclasses.asdict(cfg), overrides, cfg.run.resume)
+        VlmKD(cfg, world).train(run_dir)
+    except BaseException:
+        if world.size == 1:  # with more, closing may wait for ranks that never come
+            world.close()
+        raise
+    world.close()

@@ -115,7 +115,12 @@ ACROSS_GROUPS = [
     mistake("kd_ratio=-0.1", r"kd_ratio=-0\.1"),
     mistake("kd_ratio=nan", r"kd_ratio=nan"),
     mistake("teacher=none", r"kd_ratio=0\.5 needs a teacher: .*teacher=…, or kd_ratio=0"),
-    mistake("kd_ratio=0", r"kd_ratio=0 never asks the teacher: use teacher=none"),
+    mistake("run.seed=-1", r"run\.seed=-1: must be 0 or more"),
+    mistake(
+        "checkpoint.best_metric=val/accuracy validation.generate=false",
+        r"best_metric=val/accuracy needs validation\.generate=true",
+    ),
+    mistake("+teacher.freeze=[model.visual]", r"unknown config key teacher\.freeze"),
     mistake("student.dtype=bfloat16", r"student\.dtype=bfloat16: .*float32.*compute_dtype"),
     mistake("train.export=best", r"train\.export=best needs checkpoint\.best_metric"),
     mistake(

@@ -66,14 +66,16 @@ class Collator:
         teacher = others[0] if others else student
         return Batch(student, teacher, labels_BS, labels_N, samples, rejected)
 
-    def prompts(self, samples: list[Sample]) -> Inputs:
-        """The student's prompts, left-padded for generation, without targets.
+    def prompts(self, samples: list[Sample], *, teacher: bool = False) -> Inputs:
+        """Prompts in the student's or the teacher's rendering, left-padded, without targets.
 
         A filler row may come last, as in a batch. Raises RowError for a row that `screen` refuses.
         """
-        prompts = [self.student.prompt(sample) for sample in samples]
-        prompts += [row.prompts[0] for row in self._filler(samples)]
-        return _pack_left(prompts, self.student.pad_token_id)
+        which = -1 if teacher else 0
+        renderer = self.renderers[which]
+        prompts = [renderer.prompt(sample) for sample in samples]
+        prompts += [row.prompts[which] for row in self._filler(samples)]
+        return _pack_left(prompts, renderer.pad_token_id)
 
     def screen(
         self, rows: list[Sample | Rejected], response_tokens: int

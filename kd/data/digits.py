@@ -100,6 +100,8 @@ class DigitsConfig(DataConfig):
             )
         if self.pool not in POOLS:
             raise UserError(f"data.pool is '{self.pool}'; it can be {', '.join(POOLS)}.")
+        if self.seed < 0:
+            raise UserError(f"data.seed is {self.seed}; it must be 0 or more.")
         if not 0 <= self.label_noise <= 1:
             raise UserError(f"data.label_noise is {self.label_noise}; it is a fraction, 0 to 1.")
         size = len(pool_images(self.pool))

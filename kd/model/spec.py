@@ -79,18 +79,12 @@ class ModelConfig:
     dtype: str = "float32"
     """In which the weights are held; the trained model's should be float32."""
     attn_implementation: str = "sdpa"
-    freeze: list[str] = field(default_factory=list)
-    """Parts that are not trained: names of submodules, such as `model.visual`."""
-    export_dtype: str = "bfloat16"
-    """In which the exported weights are written."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model or its processor."""
 
     def validate(self, key: str) -> None:
         """Refuse values out of range; `key` is where this config stands."""
-        for name in ("dtype", "export_dtype"):
-            if getattr(self, name) not in ("float32", "bfloat16", "float16"):
-                raise UserError(
-                    f"{key}.{name}={getattr(self, name)}: use float32, bfloat16 or float16"
-                )
+        _check_dtype(f"{key}.dtype", self.dtype)
         self.processor.validate(key)
 
     def dry_config(self) -> PreTrainedConfig:
@@ -125,7 +119,6 @@ class PretrainedModel(ModelConfig):
 
     name: str = "???"
     revision: str | None = None
-    trust_remote_code: bool = False
 
     def build_processor(self, corpus: Callable[[], list[str]]) -> ProcessorMixin:
         """The processor that belongs to the model, or the one named by `processor.name`."""
@@ -175,7 +168,27 @@ class PretrainedModel(ModelConfig):
 
 
 @dataclass
-class ScratchModel(ModelConfig):
+class TrainedModel(ModelConfig):
+    """Fields of a model that is trained and exported."""
+
+    freeze: list[str] = field(default_factory=list)
+    """Parts that are not trained: names of submodules, such as `model.visual`."""
+    export_dtype: str = "bfloat16"
+    """In which the exported weights are written."""
+
+    def validate(self, key: str) -> None:
+        """Also check the export's."""
+        super().validate(key)
+        _check_dtype(f"{key}.export_dtype", self.export_dtype)
+
+
+@dataclass
+class PretrainedStudent(PretrainedModel, TrainedModel):
+    """A student that starts from weights of a folder or the hub."""
+
+
+@dataclass
+class ScratchModel(TrainedModel):
     """Random weights of a given architecture, with a tokenizer trained on the data's texts."""
 
     seed: int = 0
@@ -219,7 +232,10 @@ class ScratchModel(ModelConfig):
 def _from_config(config: PreTrainedConfig, spec: ModelConfig) -> PreTrainedModel:
     try:
         return AutoModelForImageTextToText.from_config(
-            config, dtype=spec.dtype, attn_implementation=spec.attn_implementation
+            config,
+            dtype=spec.dtype,
+            attn_implementation=spec.attn_implementation,
+            trust_remote_code=spec.trust_remote_code,
         )
     except ValueError as error:
         raise UserError(
@@ -232,6 +248,11 @@ def _uninitialised(config: PreTrainedConfig, spec: ModelConfig) -> PreTrainedMod
         model = _from_config(config, spec)
     model.tie_weights()  # part of the initialisation that was left out
     return model
+
+
+def _check_dtype(key: str, dtype: str) -> None:
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise UserError(f"{key}={dtype}: use float32, bfloat16 or float16")
 
 
 def _check_images(name: str, config: PreTrainedConfig) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import register_fsdp_forward_method
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from kd.objective import KDOutput
 from kd.parallel import ParallelConfig, World, shard
@@ -29,8 +29,8 @@ class VLM(nn.Module):
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
+        _check_head(model)
         self.model = model
-        self.device = torch.device("cpu")
         self.lockstep = False
 
     def distribute(
@@ -38,7 +38,6 @@ class VLM(nn.Module):
     ) -> None:
         """Move to the device and shard, with rank 0's weights on all ranks."""
         shard(self, self.model, world, config, cpu_offload=cpu_offload)
-        self.device = world.device
         self.lockstep = world.size > 1
         for method in self.forward_methods:
             register_fsdp_forward_method(self, method)
@@ -51,18 +50,36 @@ class VLM(nn.Module):
     @torch.no_grad()
     def generate(self, prompts: Inputs, max_new_tokens: int, eos_token_id: int) -> Tensor:
         """Greedy answers [B, up to max_new_tokens] to left-padded prompts, EOS-padded."""
-        prompt_length = prompts.input_ids_BS.shape[1]
-        ids = self.model.generate(
-            **prompts.model_inputs(),
+        plain = GenerationConfig(
             max_new_tokens=max_new_tokens,
             do_sample=False,
             num_beams=1,
             eos_token_id=eos_token_id,
             pad_token_id=eos_token_id,
-            # A rank whose rows are all done must go on running the shared all-gathers.
-            synced_gpus=self.lockstep,
         )
-        return ids[:, prompt_length:]
+        # The model's own settings (penalties, suppressed tokens) are merged in where they stand.
+        own, self.model.generation_config = self.model.generation_config, plain
+        try:
+            ids = self.model.generate(
+                **prompts.model_inputs(),
+                generation_config=plain,
+                # A rank whose rows are all done must go on running the shared all-gathers.
+                synced_gpus=self.lockstep,
+            )
+        finally:
+            self.model.generation_config = own
+        return ids[:, prompts.input_ids_BS.shape[1] :]
+
+
+def _check_head(model: PreTrainedModel) -> None:
+    """Refuse families whose logits are more than hidden states times head."""
+    text = model.config.get_text_config().to_dict()
+    for name in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
+        if text.get(name) not in (None, 1, 1.0):
+            raise UserError(
+                f"{type(model).__name__} changes its logits after the head ({name}={text[name]}): "
+                "the fused loss does not, so this family is not supported"
+            )
 
 
 class Student(VLM):
@@ -73,6 +90,7 @@ class Student(VLM):
     def __init__(self, model: PreTrainedModel, objective: Objective) -> None:
         super().__init__(model)
         self.objective = objective
+        self.train()  # from_pretrained gives evaluation mode
 
     def distill(
         self, batch: Batch, targets: TeacherTargets | None, num_targets: int | Tensor

@@ -41,7 +41,10 @@ def shard(
     # A reference to rank 0's whole tensors: sharding keeps only slices of them.
     full = root.state_dict() if world.is_main and world.size > 1 else {}
     policy = MixedPrecisionPolicy(
-        param_dtype=DTYPES[config.compute_dtype], reduce_dtype=DTYPES[config.reduce_dtype]
+        param_dtype=DTYPES[config.compute_dtype],
+        reduce_dtype=DTYPES[config.reduce_dtype],
+        # Blocks are handed fp32 rotary tables on purpose.
+        cast_forward_inputs=False,
     )
     pin_memory = world.device.type == "cuda"
     offload = CPUOffloadPolicy(pin_memory) if cpu_offload else OffloadPolicy()

@@ -80,6 +80,11 @@ class ParallelConfig:
         device_type = self.device_type()
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         if device_type == "cuda":
+            if local_rank >= torch.cuda.device_count():
+                raise UserError(
+                    f"rank {local_rank} of this machine has no GPU: it has "
+                    f"{torch.cuda.device_count()}; start fewer ranks"
+                )
             device = torch.device("cuda", local_rank)
             torch.cuda.set_device(device)
         else:

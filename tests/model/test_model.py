@@ -136,6 +136,36 @@ def test_frozen_parts(processor):
         student.freeze(["model"])
 
 
+def test_a_student_trains_and_a_teacher_does_not(processor, tmp_path):
+    scratch().build(processor, with_weights=True).save_pretrained(tmp_path)
+    loaded = PretrainedModel(name=str(tmp_path)).build(processor, with_weights=True)
+    assert Student(loaded, ForwardKLConfig().build(0.0)).model.training
+    teacher = FrozenVLM(scratch().build(processor, with_weights=True))
+    assert not teacher.model.training
+    assert not any(p.requires_grad for p in teacher.parameters())
+
+
+def test_a_head_with_a_soft_cap_is_refused(processor):
+    model = scratch().build(processor, with_weights=True)
+    model.config.text_config.final_logit_softcapping = 30.0
+    with pytest.raises(UserError, match=r"final_logit_softcapping=30\.0"):
+        FrozenVLM(model)
+
+
+def test_greedy_answers_do_not_depend_on_the_models_generation_settings(processor):
+    model = scratch().build(processor, with_weights=True)
+    student = Student(model, ForwardKLConfig().build(0.0)).eval()
+    prompts = Collator(Renderer(processor), None, 256, lockstep=False).prompts(
+        batch(processor).samples
+    )
+    plain = student.generate(prompts, 8, processor.tokenizer.eos_token_id)
+    model.generation_config.suppress_tokens = plain.unique().tolist()
+    model.generation_config.repetition_penalty = 9.0
+    again = student.generate(prompts, 8, processor.tokenizer.eos_token_id)
+    assert torch.equal(plain, again)
+    assert model.generation_config.repetition_penalty == 9.0
+
+
 def test_pixel_bounds_change_the_number_of_image_tokens(processor, tmp_path):
     processor.save_pretrained(tmp_path)
     image = Image.new("RGB", (256, 256))

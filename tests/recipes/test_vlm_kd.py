@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -174,7 +175,63 @@ def test_best_checkpoint_is_kept_and_exported(train):
     best = min(losses, key=lambda step: losses[step])
     kept = sorted(path.name for path in (run / "checkpoints").glob("step_*"))
     assert kept == sorted({f"step_{best:06d}", "step_000008"})
-    assert json.loads((run / "checkpoints" / "best.json").read_text())["step"] == best
+
+
+def test_text_only_rows_resume_with_a_tower_that_never_ran(train, tmp_path):
+    rows = [
+        {"messages": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": "no"}]}
+        for i in range(8)
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    options = [
+        *("student=digits_small", "teacher=none", "kd_ratio=0", "parallel=fsdp"),
+        *("data=conversations", f"data.path={tmp_path / 'rows.jsonl'}", "data.num_workers=0"),
+        *("data.val_samples=null", "train.global_batch_size=null", "train.save_every=2"),
+        *("parallel.cpu_threads=1", "checkpoint.keep_last=9"),
+    ]
+    run = train("qwen_vl_kd", "text", *options)
+    whole = metrics(run, "train/loss")
+    for step in (4, 6):
+        shutil.rmtree(run / "checkpoints" / f"step_{step:06d}")
+    train("qwen_vl_kd", "text", *options)
+    assert metrics(run, "train/loss") == whole
+
+
+def test_damaged_later_checkpoints_keep_nothing_whole_from_being_kept(train):
+    options = ["student=digits_small", "train.save_every=2", "checkpoint.keep_last=9"]
+    run = train("digits_teacher", "pruned", *options)
+    for step in (4, 6):
+        (run / "checkpoints" / f"step_{step:06d}" / "small.json").write_text("{}")
+    options = ["student=digits_small", "train.save_every=1", "checkpoint.keep_last=1"]
+    train("digits_teacher", "pruned", *options)
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_000006"]
+    assert json.loads((run / "checkpoints/step_000006/small.json").read_text())["step"] == 6
+
+
+def test_the_best_step_survives_a_resume(train):
+    options = [
+        *("student=digits_small", "train.val_every=1", "optim.lr=0.05", "train.max_steps=8"),
+        *("checkpoint.best_metric=val/loss", "checkpoint.keep_last=1", "train.export=best"),
+        *("validation.generate=false", "student.export_dtype=float32"),
+    ]
+    whole = train("digits_teacher", "whole", *options)
+    cut = train("digits_teacher", "cut", *options, "checkpoint.keep_last=9")
+    for step in (7, 8):
+        shutil.rmtree(cut / "checkpoints" / f"step_{step:06d}", ignore_errors=True)
+    train("digits_teacher", "cut", *options, "checkpoint.save_async=true")
+    names = [
+        sorted(p.name for p in (run / "checkpoints").iterdir() if p.is_dir())
+        for run in (whole, cut)
+    ]
+    assert names[0] == names[1]
+    weights = [(run / "export" / "model.safetensors").read_bytes() for run in (whole, cut)]
+    assert weights[0] == weights[1]
+
+
+def test_ratio_0_needs_no_teacher_to_be_there(train, tmp_path):
+    run = train("digits_kd", "ce", "kd_ratio=0", f"teacher.name={tmp_path / 'nowhere'}")
+    alone = train("digits_kd", "alone", "experiment=digits_ce")
+    assert metrics(run, "train/loss") == metrics(alone, "train/loss")
 
 
 def test_non_finite_loss_names_the_step_and_its_rows(train, capsys):
