@@ -254,7 +254,7 @@ def main(cfg: VlmKDConfig, overrides: list[str]) -> None:
     if cfg.dry_run:
         print_plan(cfg)
         return
-    if cfg.kd_ratio == 0 and cfg.asked_teacher is not cfg.teacher:
+    if type(cfg.asked_teacher) is not type(cfg.teacher):
         log.info("kd_ratio=0: no teacher is loaded")
     world = cfg.parallel.build()
     try:
