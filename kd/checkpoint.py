@@ -361,6 +361,8 @@ def export(
         model.config.dtype = target
         model.save_pretrained(partial, state_dict=weights)
         processor.save_pretrained(partial)
+        for weights_file in partial.glob("*.safetensors"):  # written for their owner alone
+            shutil.copymode(partial / "config.json", weights_file)
         old = folder.with_name(f".old_{folder.name}")
         shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
