@@ -122,7 +122,8 @@ class Checkpoints:
             self._pending = _Pending(cast(Future, future), step, self._best)
         else:
             with _plain_errors():
-                dcp.save(state, checkpoint_id=partial / "state")
+                # One rank needs no collectives, whose thread slows later steps (see World.gather).
+                dcp.save(state, checkpoint_id=partial / "state", no_dist=self.world.size == 1)
             self._commit(step, self._best)
 
     def poll(self) -> None:
