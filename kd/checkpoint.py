@@ -17,6 +17,7 @@ import math
 import os
 import random
 import shutil
+import warnings
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -121,7 +122,8 @@ class Checkpoints:
             )
             self._pending = _Pending(cast(Future, future), step, self._best)
         else:
-            with _plain_errors():
+            with _plain_errors(), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
                 # One rank needs no collectives, whose thread slows later steps (see World.gather).
                 dcp.save(state, checkpoint_id=partial / "state", no_dist=self.world.size == 1)
             self._commit(step, self._best)
