@@ -60,7 +60,7 @@ class Validator:
         counts = self.world.sum_ints(num_targets, num_rows, num_rejected)
         num_targets, num_rows, num_rejected = counts
         if num_targets == 0:
-            raise UserError(f"the validation split has no usable row ({num_rejected} rejected)")
+            self.world.agree(f"the validation split has no usable row ({num_rejected} rejected)")
         loss, ce, kd = (value / num_targets for value in losses.reduce(self.world))
         return {
             "val/loss": loss,

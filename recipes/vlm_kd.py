@@ -196,7 +196,7 @@ class VlmKD:
         """End the run before the weights are touched, naming the rows of the step."""
         ranks = self.world.gather([sample.id for batch in batches for sample in batch.samples])
         ids = [sample_id for rank in ranks for sample_id in rank]
-        raise UserError(
+        self.world.agree(
             f"step {self.step + 1}: loss {loss}, gradient norm {norm}; neither the weights nor the "
             f"last checkpoint were touched\nIts samples: {', '.join(ids)}"
         )
