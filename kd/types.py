@@ -49,12 +49,17 @@ class Rejected:
 
 @dataclass
 class Rollout:
-    """A response to a sample. `response_ids` are the ids sampled (or the tokenised answer)."""
+    """A response to a sample. `response_ids` are the ids sampled, never decoded and tokenised."""
 
     sample: Sample
     response_ids: list[int]
+    """With the stop id that ended it, if one did."""
     finished: bool
+    """False: cut at the most tokens allowed."""
     policy_step: int
+    """The optimizer step after which the weights were taken that responded."""
+    is_reference: bool = False
+    """Whether it is to be learnt by cross-entropy as well: a teacher's response, say."""
 
 
 @dataclass
