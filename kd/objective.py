@@ -1,8 +1,11 @@
 """Fused linear cross-entropy + knowledge distillation.
 
-Over the rows with label != -100, with z and t the logits of student and teacher:
+Over the target rows, with z and t the logits of student and teacher:
 
     loss = ((1-r) Σ CE(z, y) + r T² Σ D(softmax(t/T), softmax(z/T))) / num_targets
+
+`fused_linear_kd` takes the rows with label != -100 for targets; `chunked_objective` all its rows,
+where -100 says that there is no label y: such a row has KD but no CE.
 
 Shape legend: N rows, Ds / Dt hidden sizes of student and teacher, Vs / Vt their vocabularies.
 """
@@ -120,7 +123,7 @@ def fused_linear_kd(
         teacher_hidden: [N, Dt] float; ignored when kd_ratio is 0, and may then be None.
         teacher_weight: [Vt, Dt] in teacher_hidden's dtype. A padded vocabulary may differ in size
             from the student's: they are compared on the prefix they share.
-        labels: [N] int64; -100 is not a target.
+        labels: [N] int64; -100 is not a target, and such a row is left out altogether.
         student_bias: [Vs] or None.
         teacher_bias: [Vt] or None.
         divergence: "forward_kl", "reverse_kl" or "jsd".
@@ -132,13 +135,15 @@ def fused_linear_kd(
         chunk_size: rows per chunk; None: from a memory budget.
 
     Returns:
-        Differentiable `.loss`, detached `.ce` and `.kd`, with loss = (1-r) ce + r kd.
+        Differentiable `.loss`, detached `.ce` and `.kd`, with loss = (1-r) ce + r kd; and detached
+        `.kd_N`, T² D of each row with label != -100, in their order.
 
     Raises:
         UserError: for values out of range, shapes, dtypes or devices that do not fit.
         RuntimeError: for a second derivative.
 
-    Finding the target rows is a host sync; `chunked_objective` takes rows selected already.
+    Finding the target rows is a host sync; `chunked_objective` takes rows selected already (a label
+    of -100 there means a target without a reference answer, which gets no CE but KD in full).
     """
     loss = DenseLoss(divergence, beta, temperature, kd_ratio)
     check_head("student", student_hidden, student_weight, student_bias, labels)

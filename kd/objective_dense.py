@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kd.objective_loop import accumulation_dtype, balanced_chunks, head_logits
-from kd.types import DenseTargets, UserError
+from kd.types import IGNORE_INDEX, DenseTargets, UserError
 
 log = logging.getLogger(__name__)
 
@@ -130,10 +130,15 @@ def dense_chunk(
     dlogits_CV: Tensor | None,
     loss: DenseLoss,
 ) -> tuple[Tensor, Tensor]:
-    """(kd_C, ce_C) of one chunk; the gradient of their mix goes to `dlogits_CV` if there is one."""
+    """(kd_C, ce_C) of one chunk; the gradient of their mix goes to `dlogits_CV` if there is one.
+
+    Where the label is -100, ce and its gradient are 0.
+    """
     temperature, kd_ratio, vocab = loss.temperature, loss.kd_ratio, logits_CV.shape[1]
     logp_CV = logits_CV - logits_CV.logsumexp(-1, keepdim=True)
-    ce_C = -logp_CV.gather(1, labels_C[:, None])[:, 0]
+    has_label_C = labels_C != IGNORE_INDEX
+    index_C1 = labels_C.where(has_label_C, 0)[:, None]
+    ce_C = (-logp_CV.gather(1, index_C1)[:, 0]).where(has_label_C, 0)  # may be inf: no factor
     kd_C, dkd_CK = torch.zeros_like(ce_C), None
     if teacher_logits_CK is not None:
         shared = teacher_logits_CK.shape[1]
@@ -150,7 +155,8 @@ def dense_chunk(
             grad_CV = torch.nn.functional.pad(kd_ratio * temperature * dkd_CK, (0, padding))
         if kd_ratio < 1:
             is_label_CV = torch.arange(vocab, device=labels_C.device) == labels_C[:, None]
-            grad_CV = grad_CV + (1 - kd_ratio) * (logp_CV.exp() - is_label_CV.to(logp_CV.dtype))
+            scale_C1 = (1 - kd_ratio) * has_label_C[:, None].to(logp_CV.dtype)
+            grad_CV = grad_CV + scale_C1 * (logp_CV.exp() - is_label_CV.to(logp_CV.dtype))
         dlogits_CV.copy_(grad_CV)
     return kd_C, ce_C
 

@@ -21,15 +21,17 @@ UPCAST_TILE = 8192
 
 @dataclass(frozen=True)
 class KDOutput:
-    """Scalars, each a sum over this rank's targets divided by `num_targets`.
+    """Scalars, each a sum over this rank's targets divided by `num_targets`, and kd per target.
 
-    `loss = (1 - kd_ratio) * ce + kd_ratio * kd` is differentiable; `ce` and `kd` are detached. `kd`
-    has the factor temperature² in it, and is 0 where there is no teacher (kd_ratio = 0).
+    `loss = (1 - kd_ratio) * ce + kd_ratio * kd` is differentiable; all else is detached. `kd` has
+    the factor temperature² in it, and is 0 where there is no teacher (kd_ratio = 0).
     """
 
     loss: Tensor
     ce: Tensor
     kd: Tensor
+    kd_N: Tensor
+    """[N] fp32 (fp64 for fp64), not yet divided: `kd = kd_N.sum() / num_targets`."""
 
 
 class Body(Protocol):
@@ -47,6 +49,7 @@ class Body(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """Return (kd_C, ce_C) of the target rows `rows`; write the gradient to `dlogits_CV`.
 
+        A row labelled -100 has no reference answer: its CE is 0, in value and gradient.
         The gradient is that of `(1 - kd_ratio) * ce_C + kd_ratio * kd_C`. `dlogits_CV` is None
         where no gradient is wanted, and may be `logits_CV` itself: read before writing.
         """
@@ -175,9 +178,11 @@ def _run_chunks(
     chunks: list[slice],
     gradients: Gradients,
 ) -> tuple[Tensor, Tensor]:
-    """Sums of (kd, ce) over all rows; adds to `gradients` on the way. No host sync."""
+    """(kd_N, ce_N) of all rows; adds to `gradients` on the way. No host sync."""
     dtype, vocab = accumulation_dtype(weight_VD.dtype), weight_VD.shape[0]
-    ce_N, kd_N = torch.zeros(2, len(labels_N), dtype=dtype, device=hidden_ND.device)
+    # Not one tensor cut in two: kd_N is given out, and would keep the memory of both.
+    kd_N = hidden_ND.new_zeros(len(labels_N), dtype=dtype)
+    ce_N = torch.zeros_like(kd_N)
     max_rows = chunks[0].stop if chunks else 0
     logits = hidden_ND.new_empty(max_rows, vocab, dtype=dtype)
     dlogits = None
@@ -193,17 +198,17 @@ def _run_chunks(
         kd_N[rows], ce_N[rows] = body(logits_CV, labels_N[rows], rows, dlogits_CV)
         if dlogits_CV is not None:
             gradients.add_chunk(dlogits_CV, hidden_ND[rows], weight_VD, rows)
-    return kd_N.sum(), ce_N.sum()
+    return kd_N, ce_N
 
 
 def _mix(
-    kd: Tensor, ce: Tensor, kd_ratio: float, num_targets: int | Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, ce, kd) from sums. An endpoint drops the other term, which 0 * inf would not."""
-    ce, kd = ce / num_targets, kd / num_targets
+    kd_N: Tensor, ce_N: Tensor, kd_ratio: float, num_targets: int | Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The fields of KDOutput. An endpoint drops the other term, which 0 * inf would not."""
+    ce, kd = ce_N.sum() / num_targets, kd_N.sum() / num_targets
     if kd_ratio in (0, 1):
-        return (kd if kd_ratio else ce).clone(), ce, kd
-    return (1 - kd_ratio) * ce + kd_ratio * kd, ce, kd
+        return (kd if kd_ratio else ce).clone(), ce, kd, kd_N
+    return (1 - kd_ratio) * ce + kd_ratio * kd, ce, kd, kd_N
 
 
 class _FusedHead(torch.autograd.Function):
@@ -220,16 +225,16 @@ class _FusedHead(torch.autograd.Function):
         chunks: list[slice],
         kd_ratio: float,
         num_targets: int | Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         inputs = hidden_ND, weight_VD, bias_V
         gradients = Gradients.zeros(inputs, ctx.needs_input_grad[:3])
-        sums = _run_chunks(hidden_ND, weight_VD, bias_V, labels_N, body, chunks, gradients)
+        per_row = _run_chunks(hidden_ND, weight_VD, bias_V, labels_N, body, chunks, gradients)
         ctx.save_for_backward(*gradients.as_tuple())
         ctx.num_targets = num_targets
         ctx.dtypes = [None if x is None else x.dtype for x in inputs]
-        loss, ce, kd = _mix(*sums, kd_ratio, num_targets)
-        ctx.mark_non_differentiable(ce, kd)
-        return loss, ce, kd
+        fields = _mix(*per_row, kd_ratio, num_targets)
+        ctx.mark_non_differentiable(*fields[1:])
+        return fields
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -260,13 +265,14 @@ def chunked_objective(
     chunk_size: int | None = None,
     budget_mib: int | None = None,
 ) -> KDOutput:
-    """Run `body` over rows that are all targets (no label is -100), without a host sync.
+    """Run `body` over rows that are all targets, without a host sync.
 
     Args:
         hidden_ND: student hidden states of the target rows; may be empty.
         weight_VD: student head, unsharded; a head that needs no gradient costs none.
         bias_V: bias of the head or None.
-        labels_N: int64, each in [0, V).
+        labels_N: int64 in [0, V), or -100: this row has no reference answer (the student sampled
+            it), so it gets the KD term alone and still counts as a target.
         body: turns logits into losses and their gradient.
         kd_ratio: share of the KD term; must be what `body` was made with.
         num_targets: count of targets that the sums are divided by; 0 counts as 1.
@@ -289,5 +295,5 @@ def chunked_objective(
             return KDOutput(*out)
         with torch.no_grad():
             none = Gradients(None, None, None)
-            sums = _run_chunks(*inputs, labels_N, body, chunks, none)
-            return KDOutput(*_mix(*sums, kd_ratio, num_targets))
+            per_row = _run_chunks(*inputs, labels_N, body, chunks, none)
+            return KDOutput(*_mix(*per_row, kd_ratio, num_targets))

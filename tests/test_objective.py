@@ -117,6 +117,21 @@ def test_equals_float64_autograd(divergence, beta, temperature, kd_ratio):
         assert_same(inputs, **options, kd_ratio=kd_ratio)
 
 
+@pytest.mark.parametrize("chunk_size", [2, None])
+@pytest.mark.parametrize(("divergence", "beta"), DIVERGENCES)
+def test_divergence_of_every_target(divergence, beta, chunk_size):
+    """Of the rows with a label alone, in their order."""
+    inputs = make_inputs()
+    options = {"divergence": divergence, "beta": beta, "temperature": 2.0, "kd_ratio": 0.3}
+    out = fused_linear_kd(**inputs, **options, chunk_size=chunk_size, num_targets=100)
+    rows = (inputs["labels"] != -100).nonzero()[:, 0]
+    student = inputs["student_hidden"][rows] @ inputs["student_weight"].T
+    teacher = inputs["teacher_hidden"][rows] @ inputs["teacher_weight"].T
+    expected = 4 * divergence_of(student / 2, teacher / 2, divergence, beta)
+    torch.testing.assert_close(out.kd_N, expected.detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(out.kd, out.kd_N.sum() / 100)
+
+
 @pytest.mark.parametrize("chunk_size", [1, 2, 3, 5, 7, 100, None])
 def test_chunk_size_changes_nothing(chunk_size):
     assert_same(make_inputs(bias=True), chunk_size=chunk_size, divergence="jsd")

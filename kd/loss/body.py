@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kd.types import TeacherTargets
+from kd.types import IGNORE_INDEX, TeacherTargets
 
 Divergence = Callable[[Tensor, Tensor], Tensor]
 """`(student_logp_CK, teacher_logp_CK) -> loss_C`, both at the temperature."""
@@ -43,7 +43,9 @@ class AutogradBody:
             kd_C = self.temperature**2 * self.divergence(*aligned)
             loss = self.kd_ratio * kd_C.sum()
             with torch.set_grad_enabled(dlogits_CV is not None and self.kd_ratio < 1):
-                ce_C = torch.nn.functional.cross_entropy(leaf_CV, labels_C, reduction="none")
+                ce_C = torch.nn.functional.cross_entropy(
+                    leaf_CV, labels_C, reduction="none", ignore_index=IGNORE_INDEX
+                )
             if self.kd_ratio < 1:
                 loss = loss + (1 - self.kd_ratio) * ce_C.sum()
             if dlogits_CV is not None:

@@ -49,8 +49,9 @@ class Objective:
         targets: TeacherTargets | None,
         num_targets: int | Tensor,
     ) -> KDOutput:
-        """Loss of rows that are all targets (no label is -100); see `chunked_objective`.
+        """Loss of rows that are all targets; see `chunked_objective`.
 
+        A label of -100 says that the row has no reference answer: no CE, but KD in full.
         `targets` hold the teacher's word on the same rows; they are not looked at when kd_ratio
         is 0. Raises UserError for shapes that do not fit, or targets that are missing.
         """

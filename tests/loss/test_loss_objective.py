@@ -103,8 +103,8 @@ def assert_same(
     ours: tuple[KDOutput, list[Tensor]], other: tuple[KDOutput, list[Tensor]], **tol: Any
 ):
     for a, b in zip(
-        (ours[0].loss, ours[0].ce, ours[0].kd, *ours[1]),
-        (other[0].loss, other[0].ce, other[0].kd, *other[1]),
+        (ours[0].loss, ours[0].ce, ours[0].kd, ours[0].kd_N, *ours[1]),
+        (other[0].loss, other[0].ce, other[0].kd, other[0].kd_N, *other[1]),
         strict=True,
     ):
         torch.testing.assert_close(a, b, **tol)
@@ -155,11 +155,12 @@ def test_sparse_targets(name, chunk_mib):
         "reverse_kl": reverse_kl,
         "jsd": lambda s, t: generalized_jsd(s, t, 0.5),
     }[name]
-    kd = 4 * divergence(*targets.align(student, slice(None), 2.0)).sum() / 9
+    kd_N = 4 * divergence(*targets.align(student, slice(None), 2.0))
+    kd = kd_N.sum() / 9
     ce = torch.nn.functional.cross_entropy(student, case.labels_N, reduction="sum") / 9
     loss = 0.6 * ce + 0.4 * kd
     grads = torch.autograd.grad(loss, (case.hidden_ND, case.weight_VD, case.bias_V))
-    expected = KDOutput(loss, ce.detach(), kd.detach()), list(grads)
+    expected = KDOutput(loss, ce.detach(), kd.detach(), kd_N.detach()), list(grads)
     assert_same(ours, expected, rtol=1e-11, atol=1e-12)
 
 
@@ -283,6 +284,7 @@ class SyncCounter(TorchDispatchMode):
 @pytest.mark.parametrize("name", OPTIONS)
 def test_no_host_sync(name):
     case = make_case()
+    case.labels_N[1] = -100
     objective = make_config(name, compile=CompilePolicy.never).build(0.5)
     with SyncCounter() as counter:
         case.run(objective, case.teacher, torch.tensor(9))
