@@ -16,7 +16,14 @@ from kd.loss import ForwardKLConfig, JSDConfig, LossConfig, ReverseKLConfig
 from kd.model import PretrainedStudent, ScratchModel, TrainedModel
 from kd.optim import OptimConfig
 from kd.parallel import ParallelConfig
-from kd.rollout import DatasetRollout, RolloutConfig
+from kd.rollout import (
+    DatasetRollout,
+    HFEngineConfig,
+    MixedRollout,
+    RolloutConfig,
+    StudentRollout,
+    TeacherRollout,
+)
 from kd.rundir import RunConfig
 from kd.teacher import LocalTeacherConfig, NoTeacherConfig, TeacherConfig
 from kd.types import UserError
@@ -98,7 +105,7 @@ class VlmKDConfig:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     kd_ratio: float = 0.5
-    """Share of the KD loss; 0: cross-entropy alone, and no teacher is loaded; 1: KD alone."""
+    """Share of the KD loss; 0: cross-entropy alone, and no teacher is asked; 1: KD alone."""
     student: TrainedModel = field(default_factory=TrainedModel)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -114,8 +121,9 @@ class VlmKDConfig:
 
     @property
     def asked_teacher(self) -> TeacherConfig:
-        """The teacher that is loaded: at kd_ratio=0 there is nothing to ask it."""
-        return self.teacher if self.kd_ratio > 0 else NoTeacherConfig()
+        """The teacher that is loaded: there may be nothing to ask it."""
+        asked = self.kd_ratio > 0 or self.rollout.teacher_responds
+        return self.teacher if asked else NoTeacherConfig()
 
 
 OPTIONS: dict[str, dict[str, type]] = {
@@ -127,7 +135,13 @@ OPTIONS: dict[str, dict[str, type]] = {
         "conversations": ConversationsConfig,
     },
     "loss": {"forward_kl": ForwardKLConfig, "reverse_kl": ReverseKLConfig, "jsd": JSDConfig},
-    "rollout": {"dataset": DatasetRollout},
+    "rollout": {
+        "dataset": DatasetRollout,
+        "student": StudentRollout,
+        "teacher": TeacherRollout,
+        "mixed": MixedRollout,
+    },
+    "rollout/engine": {"hf": HFEngineConfig},
     "parallel": {"fsdp": ParallelConfig},
     "optim": {"adamw": OptimConfig},
     "logger": {
@@ -173,7 +187,7 @@ def _refuse_unknown(config: DictConfig, typed: Any, prefix: str) -> None:
 def validate(config: VlmKDConfig) -> None:
     """Refuse what cannot work, with what to change. Settles the batch sizes."""
     for group, options in OPTIONS.items():
-        if type(getattr(config, group)) not in options.values():
+        if "/" not in group and type(getattr(config, group)) not in options.values():
             raise UserError(f"no {group} is chosen: give {group}=… or put it in the defaults list")
     config.run.validate()
     config.train.validate()
@@ -194,6 +208,20 @@ def validate(config: VlmKDConfig) -> None:
         raise UserError(
             f"kd_ratio={config.kd_ratio} needs a teacher: choose one with teacher=…, or kd_ratio=0"
         )
+    if config.rollout.teacher_responds and not has_teacher:
+        raise UserError(
+            "the rollouts are to be a teacher's, but there is none: choose one with teacher=…"
+        )
+    if config.rollout.student_share == 1 and config.kd_ratio < 1:
+        raise UserError(
+            f"kd_ratio={config.kd_ratio} asks for cross-entropy, but the student's own samples "
+            "have no reference answer: set kd_ratio=1, or mix in others by rollout=mixed"
+        )
+    if config.rollout.student_share > 0 and config.kd_ratio == 0:
+        raise UserError(
+            "kd_ratio=0 leaves nothing to learn from the student's own samples: raise it, or "
+            "choose rollout=dataset"
+        )
     if config.student.dtype != "float32":
         raise UserError(
             f"student.dtype={config.student.dtype}: the trained weights are kept in float32 (small "
@@ -212,3 +240,7 @@ def validate(config: VlmKDConfig) -> None:
             f"train.max_steps={config.train.max_steps}"
         )
     config.train.resolve(config.parallel.num_ranks())
+    assert config.train.grad_accum is not None  # settled by resolve
+    config.rollout.validate_window(
+        config.train.micro_batch_size, config.train.grad_accum, config.data.max_length
+    )

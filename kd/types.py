@@ -58,8 +58,13 @@ class Rollout:
     """False: cut at the most tokens allowed."""
     policy_step: int
     """The optimizer step after which the weights were taken that responded."""
-    is_reference: bool = False
-    """Whether it is to be learnt by cross-entropy as well: a teacher's response, say."""
+    policy: str = "student"
+    """Who responded: student, teacher or dataset."""
+
+    @property
+    def is_reference(self) -> bool:
+        """Whether it is also learnt by cross-entropy: the student's own samples never are."""
+        return self.policy != "student"
 
 
 @dataclass
@@ -98,22 +103,29 @@ class Inputs:
 
 @dataclass
 class Batch:
-    """A micro-batch. Both models' renderings meet only at the N response tokens `labels_N`."""
+    """A micro-batch. Both models' renderings meet only at the N response tokens."""
 
     student: Inputs
     teacher: Inputs
     """The same object as `student` where both render alike (or there is no teacher)."""
     labels_BS: Tensor
-    """The token that position [b, s] of the student predicts (already shifted); -100 elsewhere."""
+    """The reference token that position [b, s] of the student predicts (already shifted); -100
+    elsewhere, also where the student's own sample is only compared with the teacher."""
     labels_N: Tensor
-    """The labels that are not -100: `labels_BS.flatten()[student.target_rows_N]`."""
-    samples: list[Sample]
+    """Those of the targets: `labels_BS.flatten()[student.target_rows_N]`."""
+    rollouts: list[Rollout]
+    """The responses, in the order of the rows; a data set's answer is one, too."""
     rejected: list[Rejected] = field(default_factory=list)
+
+    @property
+    def samples(self) -> list[Sample]:
+        """What they respond to."""
+        return [rollout.sample for rollout in self.rollouts]
 
     @property
     def num_targets(self) -> int:
         """The number of targets in this batch, known on the host."""
-        return self.labels_N.numel()
+        return self.student.target_rows_N.numel()
 
     @property
     def num_tokens(self) -> int:
@@ -137,15 +149,23 @@ class Source(Protocol):
     """Where batches come from. `take` never ends: an epoch follows an epoch."""
 
     def take(self, n: int) -> list[Batch]:
-        """The next `n` micro-batches of this rank (CPU)."""
+        """The `n` micro-batches (CPU) of this rank for the next optimizer step."""
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """What there is to say of the batches of the last `take`, over all ranks. Collective."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """All that is needed to go on with the next row; the same on every rank."""
+        """All that is needed to go on with the next row; the same on every rank. Collective."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on after the row that `state` was taken at, also on another world size."""
+        ...
+
+    def close(self) -> None:
+        """Let go of what it holds."""
         ...
 
 

@@ -7,14 +7,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from kd.config import ValidationConfig
 from kd.data import Collator
 from kd.logger import SampleRecord
 from kd.metrics import LossSum
-from kd.model import Student
+from kd.model import Student, cut
 from kd.parallel import World
 from kd.rollout import Rejections
 from kd.teacher import LocalTeacher, NoTeacher
@@ -31,11 +30,13 @@ class Validator:
         batches: Callable[[], Iterable[Batch]],
         collator: Collator,
         tokenizer: PreTrainedTokenizerBase,
+        stop_ids: list[int],
         config: ValidationConfig,
         on_broken_row: str,
         world: World,
     ) -> None:
         self.batches, self.collator, self.tokenizer = batches, collator, tokenizer
+        self.stop_ids = stop_ids
         self.config, self.on_broken_row, self.world = config, on_broken_row, world
         self.teacher_answers: dict[str, str] = {}
 
@@ -82,8 +83,8 @@ class Validator:
         unfinished = 0
         records: list[SampleRecord] = []
         for batch in self.batches():
-            answers, cut = self._generate(student, batch)
-            unfinished += cut
+            answers, num_cut = self._generate(student, batch)
+            unfinished += num_cut
             shown = batch.samples[: max(0, self.config.report_samples - len(records))]
             told = self._teacher_answers(teacher, batch, bool(shown))
             for sample, answer in zip(batch.samples, answers, strict=True):
@@ -112,18 +113,12 @@ class Validator:
     ) -> tuple[list[str], int]:
         is_teacher = not isinstance(model, Student)
         prompts = self.collator.prompts(batch.samples, teacher=is_teacher).to(self.world.device)
-        eos = self.collator.student.eos_token_id
-        ids = model.generate(prompts, self.config.max_new_tokens, eos)
+        ids = model.generate(prompts, self.config.max_new_tokens, self.stop_ids)
         if ids is None:
             return [], 0
-        rows = ids[: len(batch.samples)]  # a filler row may follow
-        cut = int((rows != eos).all(-1).sum())
-        return [self._decode(row, eos) for row in rows], cut
-
-    def _decode(self, row: Tensor, eos: int) -> str:
-        ids = row.tolist()
-        ids = ids[: ids.index(eos)] if eos in ids else ids
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+        rows = cut(ids[: len(batch.samples)], self.stop_ids)  # a filler row may follow
+        answers = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids, _ in rows]
+        return [str(answer) for answer in answers], sum(not finished for _, finished in rows)
 
     def _teacher_answers(
         self, teacher: LocalTeacher | NoTeacher, batch: Batch, wanted: bool

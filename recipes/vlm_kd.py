@@ -8,24 +8,30 @@ cross-entropy alone, which is also how a small teacher is made.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from kd.checkpoint import Checkpoints, export, random_state, set_random_state
 from kd.config import VlmKDConfig
 from kd.data import BatchStream, Collator, Renderer, Split, validation_batches
+from kd.logger import RolloutRecord
 from kd.logger.report import write_report
 from kd.metrics import LossSum, Timer, peak_mem_gib
-from kd.model import Student, check_same_tokenizer, same_rendering
+from kd.model import VLM, Student, check_same_tokenizer, same_rendering
 from kd.parallel import World
 from kd.plan import print_plan
+from kd.rollout import Parts, Policy
 from kd.rundir import RunDir
-from kd.types import Batch, UserError
+from kd.teacher import NoTeacher
+from kd.types import Batch, Inputs, Sample, Source, UserError
 from kd.validation import Validator
+from kd.watch import rollout_records
 
 log = logging.getLogger("kd")
 
@@ -36,22 +42,11 @@ class VlmKD:
     def __init__(self, cfg: VlmKDConfig, world: World) -> None:
         self.cfg, self.world, self.device = cfg, world, world.device
         torch.manual_seed(cfg.run.seed)
-
-        rows = cfg.data.build("train")
-        val_rows = cfg.data.build("validation") if cfg.train.val_every else None
         self.processor = cfg.student.build_processor(cfg.data.corpus)
-        teacher_processor = cfg.asked_teacher.build_processor(cfg.data.corpus)
-        renderer = Renderer(self.processor, cfg.student.processor.chat_template_kwargs)
-        teacher_renderer = None
-        if teacher_processor is not None:
-            check_same_tokenizer(self.processor.tokenizer, teacher_processor.tokenizer)
-            kwargs = cfg.teacher.processor.chat_template_kwargs
-            alike = same_rendering(self.processor, teacher_processor)
-            if not alike or kwargs != cfg.student.processor.chat_template_kwargs:
-                teacher_renderer = Renderer(teacher_processor, kwargs)
-        collator = Collator(
-            renderer, teacher_renderer, cfg.data.max_length, lockstep=world.size > 1
-        )
+        self.teacher_processor = cfg.asked_teacher.build_processor(cfg.data.corpus)
+        self.collator = self.build_collator()
+        self.rows = cfg.data.build("train")
+        self.val_rows = cfg.data.build("validation") if cfg.train.val_every else None
 
         model = cfg.student.build(self.processor, with_weights=world.is_main)
         self.student = Student(model, cfg.loss.build(cfg.kd_ratio))
@@ -59,35 +54,90 @@ class VlmKD:
         if cfg.parallel.activation_checkpointing:
             self.student.checkpoint_activations()
         self.student.distribute(world, cfg.parallel)
-        self.teacher = cfg.asked_teacher.build_teacher(teacher_processor, world, cfg.parallel)
+        self.teacher = cfg.asked_teacher.build_teacher(self.teacher_processor, world, cfg.parallel)
+        # A teacher may be there only to respond.
+        self.judge = self.teacher if cfg.kd_ratio > 0 else NoTeacher()
         self.optimizer, self.scheduler = cfg.optim.build(self.student, cfg.train.max_steps)
+        self.source = self.build_source()
+        self.validator = self.build_validator()
+        self.timer = Timer(self.device)
+        self.trained: list[tuple[Batch, Tensor]] = []
+        self.step = 0
 
-        stream = BatchStream(
-            rows,
-            collator,
-            Split(cfg.train.micro_batch_size, world.rank, world.size),
+    def build_collator(self) -> Collator:
+        """Each model renders the prompts its own way; they meet at the tokens of the response."""
+        cfg, teacher = self.cfg, self.teacher_processor
+        renderer = Renderer(self.processor, cfg.student.processor.chat_template_kwargs)
+        teacher_renderer = None
+        if teacher is not None:
+            check_same_tokenizer(self.processor.tokenizer, teacher.tokenizer)
+            kwargs = cfg.teacher.processor.chat_template_kwargs
+            alike = same_rendering(self.processor, teacher)
+            if not alike or kwargs != cfg.student.processor.chat_template_kwargs:
+                teacher_renderer = Renderer(teacher, kwargs)
+        lockstep = self.world.size > 1
+        return Collator(renderer, teacher_renderer, cfg.data.max_length, lockstep)
+
+    def build_source(self) -> Source:
+        """Where the batches come from."""
+        cfg, world = self.cfg, self.world
+
+        def stream(collate: Callable, rows_at_a_time: int) -> BatchStream:
+            return BatchStream(
+                self.rows,
+                collate,
+                Split(rows_at_a_time, world.rank, world.size),
+                seed=cfg.run.seed,
+                shuffle=cfg.data.shuffle,
+                num_workers=cfg.data.num_workers,
+                pin_memory=self.device.type == "cuda",
+            )
+
+        parts = Parts(
+            stream=stream,
+            collate=self.collator,
+            student=self.policy(self.student, self.collator.student, self.collator.prompts),
+            teacher=None,
+            micro_batch_size=cfg.train.micro_batch_size,
+            grad_accum=cfg.train.grad_accum,
             seed=cfg.run.seed,
-            shuffle=cfg.data.shuffle,
-            num_workers=cfg.data.num_workers,
-            pin_memory=self.device.type == "cuda",
+            on_broken_row=cfg.data.on_broken_row,
+            world=world,
         )
-        self.source = cfg.rollout.build(stream, cfg.data.on_broken_row)
-        split = Split(cfg.validation.batch_size, world.rank, world.size)
+        if cfg.rollout.teacher_responds:
+            prompts = functools.partial(self.collator.prompts, teacher=True)
+            parts.teacher = self.policy(self.teacher.vlm, self.collator.renderers[-1], prompts)
+        return cfg.rollout.build(parts)
 
-        def batches() -> Iterator[Batch]:
-            assert val_rows is not None  # there is no validation without train.val_every
-            return validation_batches(val_rows, collator, split)
+    def policy(
+        self, vlm: VLM, renderer: Renderer, prompts: Callable[[list[Sample]], Inputs]
+    ) -> Policy:
+        """A model as one that responds."""
+        return Policy(
+            vlm,
+            renderer.processor,
+            prompts,
+            vlm.stop_ids(renderer.eos_token_id),
+            vlm.placeholder_ids,
+            self.world,
+            self.cfg.data.max_length,
+            renderer.chat_template_kwargs,
+            self.cfg.run.path,
+        )
 
-        self.validator = Validator(
-            batches,
+    def build_validator(self) -> Validator:
+        """Losses and answers on the validation rows, which there are only with train.val_every."""
+        cfg, collator = self.cfg, self.collator
+        split = Split(cfg.validation.batch_size, self.world.rank, self.world.size)
+        return Validator(
+            lambda: validation_batches(self.val_rows, collator, split),
             collator,
             self.processor.tokenizer,
+            self.student.stop_ids(collator.student.eos_token_id),
             cfg.validation,
             cfg.data.on_broken_row,
-            world,
+            self.world,
         )
-        self.timer = Timer(self.device)
-        self.step = 0
 
     def train(self, run_dir: RunDir) -> None:
         """From the last checkpoint, or the first step, to the exported model."""
@@ -111,6 +161,7 @@ class VlmKD:
                     metrics, records = self.validate()
                     logger.log(self.step, metrics)
                     logger.samples(self.step, records)
+                    logger.rollouts(self.step, self.rollout_records())
                     improved = self.checkpoints.record_best(self.step, metrics)
                 save_every = cfg.train.save_every
                 if last or improved or (save_every and self.step % save_every == 0):
@@ -119,6 +170,7 @@ class VlmKD:
             self.export()
             failed = False
         finally:
+            self.source.close()
             logger.close(failed=failed)
             self.run_dir.write_status("failed" if failed else "finished", self.step)
             if self.world.is_main:
@@ -131,25 +183,26 @@ class VlmKD:
             with timer("data"):
                 batches, problem = self.take()
             # Counted before any backward: every micro-batch is divided by the same number.
-            problems, num_targets, num_tokens, *dropped = world.sum_ints(
+            problems, num_targets, num_tokens = world.sum_ints(
                 problem is not None,
                 sum(b.num_targets for b in batches),
                 sum(b.num_tokens for b in batches),
-                *self.source.counters.values(),
             )
             if problems:
                 world.agree(problem)
             losses = LossSum(self.device)
-            for i, batch in enumerate(batches):
-                batch = batch.to(self.device)
+            self.trained.clear()
+            for i, cpu_batch in enumerate(batches):
+                batch = cpu_batch.to(self.device)
                 with timer("teacher"):
-                    targets = self.teacher.targets(batch)
+                    targets = self.judge.targets(batch)
                 last = i == len(batches) - 1
                 self.student.set_requires_gradient_sync(last or cfg.parallel.sync_every_micro_batch)
                 out = self.student.distill(batch, targets, max(1, num_targets))
                 # FSDP2 averages gradients over the ranks; the loss is already a global mean.
                 (out.loss * world.size).backward()
                 losses.add(out)
+                self.trained.append((cpu_batch, out.kd_N))
             grad_norm = self.clip_gradients()
             loss, ce, kd, norm = losses.reduce(world, grad_norm)  # the step's one host sync
             if not math.isfinite(loss + norm):
@@ -171,7 +224,7 @@ class VlmKD:
             "train/data_s": seconds["data"],
             "train/teacher_s": seconds["teacher"],
             "train/peak_mem_gib": peak_mem_gib(self.device),
-            **{f"data/{name}": n for name, n in zip(self.source.counters, dropped, strict=True)},
+            **self.source.metrics(),
         }
 
     def take(self) -> tuple[list[Batch], str | None]:
@@ -205,7 +258,7 @@ class VlmKD:
         """Losses and answers on the validation split; training state stays as it is."""
         before = random_state()
         self.student.eval()
-        metrics = self.validator.losses(self.student, self.teacher)
+        metrics = self.validator.losses(self.student, self.judge)
         records = []
         if self.cfg.validation.generate:
             accuracy, records = self.validator.answers(self.student, self.teacher)
@@ -213,6 +266,13 @@ class VlmKD:
         self.student.train()
         set_random_state(before)
         return metrics, records
+
+    def rollout_records(self) -> list[RolloutRecord]:
+        """Responses of the last step with the teacher's divergence; none without a teacher."""
+        if isinstance(self.judge, NoTeacher):
+            return []
+        limit = self.cfg.validation.report_samples
+        return rollout_records(self.trained, self.processor.tokenizer, self.step - 1, limit)
 
     def save(self) -> None:
         """Checkpoint the state after `self.step`."""

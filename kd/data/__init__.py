@@ -7,7 +7,7 @@ from kd.data.digits import DigitsConfig
 from kd.data.medpix import MedPixConfig
 from kd.data.render import Prompt, Renderer
 from kd.data.sampler import Split
-from kd.data.stream import BatchStream, as_rows, validation_batches
+from kd.data.stream import BatchStream, validation_batches
 
 __all__ = [
     "BatchStream",
@@ -21,6 +21,5 @@ __all__ = [
     "RowError",
     "Rows",
     "Split",
-    "as_rows",
     "validation_batches",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from PIL import Image
@@ -16,12 +16,24 @@ BLANK_PX = 32
 
 
 @dataclass
+class RenderedSample(Sample):
+    """A sample with its prompts, so that generating and training render it once."""
+
+    prompts: list[Prompt] = field(default_factory=list)
+    """The student's, and the teacher's where it differs."""
+
+
+@dataclass
 class _Row:
     """A row that fits: one prompt per model, one response for both."""
 
-    sample: Sample
     prompts: list[Prompt]
-    response_ids: list[int]
+    rollout: Rollout
+
+    @property
+    def labels(self) -> list[int]:
+        ids = self.rollout.response_ids
+        return ids if self.rollout.is_reference else [IGNORE_INDEX] * len(ids)
 
 
 class Collator:
@@ -50,21 +62,21 @@ class Collator:
         cannot be rendered. One row may follow those of `samples`: a filler with no target, in a
         batch with no row left, and in one without an image under `lockstep`.
         """
-        outcomes = [self._render(row) for row in rows]
+        outcomes = [self._row(row) for row in rows]
         kept = [row for row in outcomes if isinstance(row, _Row)]
         rejected = [row for row in outcomes if isinstance(row, Rejected)]
-        samples = [row.sample for row in kept]
-        filled = kept + self._filler(samples)
-        responses = [row.response_ids for row in filled]
+        filled = kept + self._filler([row.rollout.sample for row in kept])
+        responses = [row.rollout.response_ids for row in filled]
         student, *others = (
             _pack([row.prompts[m] for row in filled], responses, renderer.pad_token_id)
             for m, renderer in enumerate(self.renderers)
         )
-        labels_N = torch.tensor([t for ids in responses for t in ids], dtype=torch.int64)
+        labels_N = torch.tensor([t for row in filled for t in row.labels], dtype=torch.int64)
         labels_BS = torch.full_like(student.input_ids_BS, IGNORE_INDEX)
         labels_BS.view(-1)[student.target_rows_N] = labels_N
         teacher = others[0] if others else student
-        return Batch(student, teacher, labels_BS, labels_N, samples, rejected)
+        rollouts = [row.rollout for row in kept]
+        return Batch(student, teacher, labels_BS, labels_N, rollouts, rejected)
 
     def prompts(self, samples: list[Sample], *, teacher: bool = False) -> Inputs:
         """Prompts in the student's or the teacher's rendering, left-padded, without targets.
@@ -72,10 +84,22 @@ class Collator:
         A filler row may come last, as in a batch. Raises RowError for a row that `screen` refuses.
         """
         which = -1 if teacher else 0
-        renderer = self.renderers[which]
-        prompts = [renderer.prompt(sample) for sample in samples]
+        prompts = [self._prompts(sample)[which] for sample in samples]
         prompts += [row.prompts[which] for row in self._filler(samples)]
-        return _pack_left(prompts, renderer.pad_token_id)
+        return _pack_left(prompts, self.renderers[which].pad_token_id)
+
+    def render(self, rows: list[Sample | Rejected]) -> list[Sample | Rejected]:
+        """The rows, their prompts rendered, for those who generate; a bad one as Rejected."""
+        return [self._render(row) for row in rows]
+
+    def _render(self, row: Sample | Rejected) -> Sample | Rejected:
+        if isinstance(row, Rejected):
+            return row
+        try:
+            prompts = self._prompts(row)
+        except RowError as error:
+            return Rejected(row.id, str(error), broken=True)
+        return RenderedSample(row.id, row.messages, row.images, row.answer, row.kind, prompts)
 
     def screen(
         self, rows: list[Sample | Rejected], response_tokens: int
@@ -83,38 +107,49 @@ class Collator:
         """Sort out, before generating, what has no room for `response_tokens` or cannot be read."""
         usable: list[Sample] = []
         rejected: list[Rejected] = []
-        for row in rows:
+        for row in self.render(rows):
+            problem = row
             if isinstance(row, Sample):
-                row = self._render(
-                    Rollout(row, [self.student.pad_token_id] * response_tokens, True, 0)
-                )
-            if isinstance(row, Rejected):
-                rejected.append(row)
-            else:
-                usable.append(row.sample)
+                problem = self._too_long(row, self._prompts(row), response_tokens)
+            if isinstance(problem, Rejected):
+                rejected.append(problem)
+            elif isinstance(row, Sample):
+                usable.append(row)
         return usable, rejected
 
-    def _render(self, row: Sample | Rejected | Rollout) -> _Row | Rejected:
+    def _row(self, row: Sample | Rejected | Rollout) -> _Row | Rejected:
         if isinstance(row, Rejected):
             return row
         sample = row.sample if isinstance(row, Rollout) else row
         try:
-            response_ids = self._response_ids(row)
-            prompts = [renderer.prompt(sample) for renderer in self.renderers]
+            rollout = row if isinstance(row, Rollout) else self._reference(row)
+            prompts = self._prompts(sample)
         except RowError as error:
             return Rejected(sample.id, str(error), broken=True)
-        length = max(len(prompt.ids_S) for prompt in prompts) + len(response_ids)
-        if length > self.max_length:
-            reason = f"{length} tokens, more than data.max_length {self.max_length}"
-            return Rejected(sample.id, reason, broken=False)
-        return _Row(sample, prompts, response_ids)
+        too_long = self._too_long(sample, prompts, len(rollout.response_ids))
+        return too_long or _Row(prompts, rollout)
 
-    def _response_ids(self, row: Sample | Rollout) -> list[int]:
-        if isinstance(row, Rollout):
-            return row.response_ids
-        if row.answer is None:
+    def _prompts(self, sample: Sample) -> list[Prompt]:
+        if isinstance(sample, RenderedSample):
+            return sample.prompts
+        return [renderer.prompt(sample) for renderer in self.renderers]
+
+    def _too_long(
+        self, sample: Sample, prompts: list[Prompt], response_tokens: int
+    ) -> Rejected | None:
+        prompt_tokens = max(len(prompt.ids_S) for prompt in prompts)
+        if prompt_tokens + response_tokens <= self.max_length:
+            return None
+        reason = (
+            f"{prompt_tokens} + {response_tokens} tokens of prompt and response, "
+            f"more than data.max_length {self.max_length}"
+        )
+        return Rejected(sample.id, reason, broken=False)
+
+    def _reference(self, sample: Sample) -> Rollout:
+        if sample.answer is None:
             raise RowError("it has no answer")
-        return self.student.response(row.answer)
+        return Rollout(sample, self.student.response(sample.answer), True, 0, "dataset")
 
     def _filler(self, samples: list[Sample]) -> list[_Row]:
         has_image = any(sample.images for sample in samples)
@@ -123,7 +158,7 @@ class Collator:
         images = [Image.new("RGB", (BLANK_PX, BLANK_PX))] if self.lockstep else []
         content = [{"type": "image"} for _ in images] + [{"type": "text", "text": "."}]
         sample = Sample("filler", [{"role": "user", "content": content}], images, None)
-        return [_Row(sample, [renderer.prompt(sample) for renderer in self.renderers], [])]
+        return [_Row(self._prompts(sample), Rollout(sample, [], True, 0, "dataset"))]
 
 
 def _pack(prompts: list[Prompt], responses: list[list[int]], pad_token_id: int) -> Inputs:

@@ -28,6 +28,18 @@ class Prompt:
     media: dict[str, Tensor]
     """Joined over rows on dimension 0, such as pixel_values and image_grid_thw."""
 
+    def __getstate__(self) -> tuple:
+        # As arrays: each tensor that a worker process sends holds a file descriptor open.
+        aligned, media = (
+            {k: x.numpy() for k, x in d.items()} for d in (self.aligned_S, self.media)
+        )
+        return self.ids_S.numpy(), aligned, media
+
+    def __setstate__(self, state: tuple) -> None:
+        ids, *rest = state
+        self.ids_S = torch.from_numpy(ids)
+        self.aligned_S, self.media = ({k: torch.from_numpy(x) for k, x in d.items()} for d in rest)
+
 
 class Renderer:
     """Renders prompts by `processor`, its chat template given `chat_template_kwargs`."""

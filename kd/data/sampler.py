@@ -34,21 +34,22 @@ class TrainSampler:
     def __init__(self, num_rows: int, split: Split, *, seed: int, shuffle: bool, position: int):
         self.num_rows, self.split = num_rows, split
         self.seed, self.shuffle, self.position = seed, shuffle, position
+        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
 
     def __iter__(self) -> Iterator[list[int]]:
         first = self.position + self.split.rank * self.split.micro_batch_size
-        epoch, order = -1, np.empty(0, dtype=np.int64)
         while True:
-            rows = []
-            for slot in range(first, first + self.split.micro_batch_size):
-                if slot // self.num_rows != epoch:
-                    epoch = slot // self.num_rows
-                    order = self._order(epoch)
-                rows.append(int(order[slot % self.num_rows]))
-            yield rows
+            yield [self.row(slot) for slot in range(first, first + self.split.micro_batch_size)]
             first += self.split.stride
 
-    def _order(self, epoch: int) -> np.ndarray:
+    def row(self, slot: int) -> int:
+        """The row in a slot of the endless stream."""
+        epoch, place = divmod(slot, self.num_rows)
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, self._permutation(epoch)
+        return int(self._order[place])
+
+    def _permutation(self, epoch: int) -> np.ndarray:
         if not self.shuffle:
             return np.arange(self.num_rows)
         return np.random.default_rng([self.seed, epoch]).permutation(self.num_rows)

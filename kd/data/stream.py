@@ -20,11 +20,6 @@ T = TypeVar("T")
 Collate = Callable[[list[Sample | Rejected]], T]
 
 
-def as_rows(rows: list[Sample | Rejected]) -> list[Sample | Rejected]:
-    """Collation for those who need the rows themselves, to generate responses for them."""
-    return rows
-
-
 class BatchStream(Generic[T]):
     """Endless micro-batches of this rank, whatever `collate` makes of a list of rows.
 
@@ -70,6 +65,13 @@ class BatchStream(Generic[T]):
         """Go on after the first `position` rows of the stream."""
         self.position = position
         self._batches: Iterator[T] | None = None
+
+    def at(self, slots: list[int]) -> T:
+        """What `collate` makes of these slots of the stream; the position stays as it is."""
+        sampler = TrainSampler(
+            len(self.rows), self.split, seed=self.seed, shuffle=self.shuffle, position=0
+        )
+        return self.collate([self.rows[sampler.row(slot)] for slot in slots])
 
     def _load(self) -> Iterator[T]:
         sampler = TrainSampler(

@@ -9,7 +9,7 @@ from kd.model.spec import (
     ScratchModel,
     TrainedModel,
 )
-from kd.model.vlm import VLM, FrozenVLM, Student
+from kd.model.vlm import VLM, FrozenVLM, Student, cut
 
 __all__ = [
     "VLM",
@@ -22,5 +22,6 @@ __all__ = [
     "Student",
     "TrainedModel",
     "check_same_tokenizer",
+    "cut",
     "same_rendering",
 ]

@@ -6,12 +6,18 @@ gathers the sharded weights first. Reading `head.weight` anywhere else gives a s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import register_fsdp_forward_method
-from transformers import GenerationConfig, PreTrainedModel
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+)
 
 from kd.objective import KDOutput
 from kd.parallel import ParallelConfig, World, shard
@@ -32,6 +38,7 @@ class VLM(nn.Module):
         _check_head(model)
         self.model = model
         self.lockstep = False
+        self._gathered = False
 
     def distribute(
         self, world: World, config: ParallelConfig, *, cpu_offload: bool = False
@@ -47,15 +54,39 @@ class VLM(nn.Module):
         outputs = self.model.base_model(**inputs.model_inputs(), use_cache=False)
         return outputs.last_hidden_state.flatten(0, 1)[inputs.target_rows_N]
 
+    def stop_ids(self, eos_token_id: int) -> list[int]:
+        """What ends a response: the tokenizer's EOS first, then what the model's settings add."""
+        own = self.model.generation_config.eos_token_id
+        own = [] if own is None else [own] if isinstance(own, int) else own
+        return [eos_token_id, *(token for token in own if token != eos_token_id)]
+
+    @property
+    def placeholder_ids(self) -> list[int]:
+        """Tokens that stand for an image's features or frame them: a response can hold none."""
+        media = ("image", "video", "audio", "vision_start", "vision_end")
+        names = (f"{medium}_token_{end}" for medium in media for end in ("id", "index"))
+        found = {self.model.config.to_dict().get(name) for name in names}
+        return sorted(token for token in found if token is not None)
+
     @torch.no_grad()
-    def generate(self, prompts: Inputs, max_new_tokens: int, eos_token_id: int) -> Tensor:
-        """Greedy answers [B, up to max_new_tokens] to left-padded prompts, EOS-padded."""
+    def generate(
+        self,
+        prompts: Inputs,
+        max_new_tokens: int,
+        stop_ids: list[int],
+        draw: LogitsProcessor | None = None,
+    ) -> Tensor:
+        """Responses [B, up to max_new_tokens] to left-padded prompts; `cut` ends them.
+
+        Greedy, or the token that `draw` leaves the highest score; never one of `placeholder_ids`.
+        """
         plain = GenerationConfig(
             max_new_tokens=max_new_tokens,
             do_sample=False,
             num_beams=1,
-            eos_token_id=eos_token_id,
-            pad_token_id=eos_token_id,
+            eos_token_id=stop_ids,
+            pad_token_id=stop_ids[0],
+            suppress_tokens=self.placeholder_ids or None,
         )
         # The model's own settings (penalties, suppressed tokens) are merged in where they stand.
         own, self.model.generation_config = self.model.generation_config, plain
@@ -63,12 +94,44 @@ class VLM(nn.Module):
             ids = self.model.generate(
                 **prompts.model_inputs(),
                 generation_config=plain,
+                logits_processor=LogitsProcessorList([draw] if draw else []),
                 # A rank whose rows are all done must go on running the shared all-gathers.
-                synced_gpus=self.lockstep,
+                synced_gpus=self.lockstep and not self._gathered,
             )
         finally:
             self.model.generation_config = own
         return ids[:, prompts.input_ids_BS.shape[1] :]
+
+    @contextlib.contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Hold all weights, in compute precision, so that each rank generates on its own.
+
+        Collective at its start; inside it no forward is. Costs the memory of the whole model.
+        """
+        groups = [module for module in self.modules() if isinstance(module, FSDPModule)]
+        inner = [group for group in groups if group is not self]
+        for group in inner:
+            group.set_reshard_after_forward(False, recurse=False)
+        for group in groups:
+            group.unshard()
+        self._gathered = True
+        try:
+            yield
+        finally:
+            self._gathered = False
+            for group in inner:
+                group.set_reshard_after_forward(True, recurse=False)
+            for group in groups:
+                group.reshard()
+
+
+def cut(ids_BS: Tensor, stop_ids: list[int]) -> list[tuple[list[int], bool]]:
+    """Each row up to and including its first stop id, and whether it has one."""
+    rows = []
+    for ids in ids_BS.tolist():
+        end = next((i for i, token in enumerate(ids) if token in stop_ids), None)
+        rows.append((ids, False) if end is None else (ids[: end + 1], True))
+    return rows
 
 
 def _check_head(model: PreTrainedModel) -> None:

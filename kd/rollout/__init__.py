@@ -1,7 +1,33 @@
 """Where the training text comes from."""
 
-from kd.rollout.config import RolloutConfig
-from kd.rollout.dataset import DatasetRollout, DatasetSource
+from kd.rollout.config import (
+    DatasetRollout,
+    GeneratedRollout,
+    MixedRollout,
+    RolloutConfig,
+    StudentRollout,
+    TeacherRollout,
+)
+from kd.rollout.dataset import DatasetSource
+from kd.rollout.engine import EngineConfig, Policy, Sampling
+from kd.rollout.generated import GeneratedSource
+from kd.rollout.hf import HFEngineConfig
+from kd.rollout.parts import Parts
 from kd.rollout.rejections import Rejections
 
-__all__ = ["DatasetRollout", "DatasetSource", "Rejections", "RolloutConfig"]
+__all__ = [
+    "DatasetRollout",
+    "DatasetSource",
+    "EngineConfig",
+    "GeneratedRollout",
+    "GeneratedSource",
+    "HFEngineConfig",
+    "MixedRollout",
+    "Parts",
+    "Policy",
+    "Rejections",
+    "RolloutConfig",
+    "Sampling",
+    "StudentRollout",
+    "TeacherRollout",
+]

@@ -49,6 +49,8 @@ class Policy:
     """Renders samples as left-padded inputs (CPU); a filler row may come last."""
     stop_ids: list[int]
     """Any of them ends a response; the first is the EOS of reference answers."""
+    forbidden_ids: list[int]
+    """Tokens that are never sampled: placeholders of images, which a response cannot have."""
     world: World
     max_length: int
     """Tokens of prompt + response, at most."""

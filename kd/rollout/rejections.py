@@ -18,6 +18,7 @@ class Rejections:
         self.on_broken_row = on_broken_row
         self.counters = {"dropped_too_long": 0, "dropped_broken": 0}
         self.first: list[Rejected] = []
+        self._in_a_row = 0
 
     def note(self, rejected: list[Rejected]) -> None:
         """Count and log. UserError with the row's id and reason for a broken one under `raise`."""
@@ -33,6 +34,16 @@ class Rejections:
                 logger.warning("Row %s is dropped: %s", row.id, row.reason)
                 if len(self.first) == NAMED_ROWS:
                     logger.warning("More rows may be dropped; they are counted, not named.")
+
+    def note_read(self, num_usable: int, rejected: list[Rejected], num_rows: int) -> None:
+        """Also UserError where a whole epoch of `num_rows` in succession could not be used."""
+        self.note(rejected)
+        self._in_a_row = 0 if num_usable else self._in_a_row + len(rejected)
+        if self._in_a_row >= num_rows:
+            raise UserError(
+                f"None of {self._in_a_row} rows in succession, a whole epoch, could be "
+                f"used. The first ones: {self.reasons()}."
+            )
 
     def reasons(self) -> str:
         """The first rows rejected, each with its reason."""

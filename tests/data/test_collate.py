@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import pickle
+
 import pytest
 import torch
 from PIL import Image
@@ -103,9 +106,27 @@ def test_row_is_the_same_in_any_company(collator):
 def test_rollout_ids_are_kept_as_sampled(collator, processor):
     # Two ids that decode to "It", which the tokenizer would write as it likes; no EOS: cut short.
     ids = [processor.tokenizer.convert_tokens_to_ids(letter) for letter in "It"]
-    batch = collator([Rollout(MIXED[0], ids, finished=False, policy_step=3), MIXED[1]])
-    assert responses(batch.student, batch)[0] == ids
-    assert batch.samples == MIXED[:2]
+    own = Rollout(MIXED[0], ids, finished=False, policy_step=3)
+    batch = collator([own, MIXED[1], dataclasses.replace(own, policy="teacher")])
+    places_N = batch.student.target_rows_N
+    assert batch.student.input_ids_BS.flatten()[places_N[:2] + 1].tolist() == ids
+    # The student's own are compared with the teacher, never learnt as labels.
+    first, _, last = responses(batch.student, batch)
+    assert (first, last) == ([IGNORE_INDEX] * 2, ids)
+    assert batch.num_targets == len(places_N) == len(batch.labels_N)
+    assert batch.samples == [MIXED[0], MIXED[1], MIXED[0]]
+
+
+def test_rendering_ahead_changes_nothing(collator):
+    """Also where a worker process has sent the rows."""
+    rendered = pickle.loads(pickle.dumps(collator.render(MIXED)))
+    ours, theirs = collator(rendered), collator(MIXED)
+    assert torch.equal(ours.student.input_ids_BS, theirs.student.input_ids_BS)
+    assert torch.equal(ours.labels_N, theirs.labels_N)
+    for name, x in theirs.student.media.items():
+        assert torch.equal(ours.student.media[name], x), name
+    prompts = collator.prompts(rendered).input_ids_BS
+    assert torch.equal(prompts, collator.prompts(MIXED).input_ids_BS)
 
 
 def test_too_long_is_named_and_never_cut(collator):
@@ -217,7 +238,8 @@ def test_screen_leaves_room_for_the_response(collator):
     bad = Rejected("bad", "unreadable", broken=True)
     prompt_only = row("prompt", (64, 64), answer=None)
     length = collator.prompts([prompt_only]).input_ids_BS.shape[1]
-    assert collator.screen([prompt_only, bad], 256 - length) == ([prompt_only], [bad])
+    usable, rejected = collator.screen([prompt_only, bad], 256 - length)
+    assert ([sample.id for sample in usable], rejected) == (["prompt"], [bad])
     usable, rejected = collator.screen([prompt_only], 256 - length + 1)
     assert (usable, [r.broken for r in rejected]) == ([], [False])
 

@@ -13,10 +13,14 @@ from kd.data import (
     DigitsConfig,
     Renderer,
     Split,
-    as_rows,
     validation_batches,
 )
 from kd.types import UserError
+
+
+def as_rows(rows):
+    return rows
+
 
 ROWS = DigitsConfig(pool="student", num_images=9, kinds=["which", "parity", "next"])  # 27 rows
 

@@ -5,14 +5,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from PIL import Image
+from torch.distributed.device_mesh import init_device_mesh
 
 from kd.data import BatchStream, Collator, DigitsConfig, Renderer, Split
 from kd.data.digits import all_texts
 from kd.model.tiny import build_processor
-from kd.rollout import DatasetRollout, DatasetSource
+from kd.parallel import ParallelConfig, World
+from kd.rollout import DatasetSource
 from kd.types import Rejected, Sample, UserError
 
 GOOD, BROKEN, LONG = "good", "broken", "long"
@@ -41,9 +44,18 @@ def collator() -> Collator:
     return Collator(Renderer(build_processor(all_texts())), None, 256, lockstep=False)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _process_group():
+    world = ParallelConfig(device="cpu", cpu_threads=1).build()
+    yield
+    world.close()
+
+
 def source(rows, collator, policy="raise", split=Split(2), num_workers=0, seed=0) -> DatasetSource:  # noqa: B008
     stream = BatchStream(rows, collator, split, seed=seed, shuffle=False, num_workers=num_workers)
-    return DatasetRollout().build(stream, policy)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    world = World(mesh, torch.device("cpu"), dist.get_rank(), dist.get_world_size())
+    return DatasetSource(stream, policy, world)
 
 
 def taken(batches) -> list[list[str]]:
@@ -56,7 +68,7 @@ def test_takes_rows_in_order_and_counts_those_dropped(collator, caplog):
     with caplog.at_level(logging.WARNING):
         read = taken(src.take(4))
     assert read == [["row 0"], ["row 3"], [], ["row 6", "row 7"]]
-    assert src.counters == {"dropped_too_long": 3, "dropped_broken": 1}
+    assert src.rejections.counters == {"dropped_too_long": 3, "dropped_broken": 1}
     lines = [record.getMessage() for record in caplog.records]
     assert lines[0] == "Row row 1 is dropped: image a.png cannot be read"
     assert lines[1].startswith("Row row 2 is dropped: ")
@@ -67,7 +79,7 @@ def test_only_the_first_dropped_rows_are_named(collator, caplog):
     with caplog.at_level(logging.WARNING):
         src = source(Rows([GOOD] + [BROKEN] * 9), collator, "drop")
         src.take(5)
-    assert src.counters["dropped_broken"] == 9
+    assert src.rejections.counters["dropped_broken"] == 9
     assert len(caplog.records) == 6
     assert "counted, not named" in caplog.records[-1].getMessage()
 
@@ -82,7 +94,7 @@ def test_broken_row_stops_with_its_id_and_reason(collator):
 def test_too_long_row_does_not_stop(collator):
     src = source(Rows([GOOD, LONG]), collator)
     assert taken(src.take(1)) == [["row 0"]]
-    assert src.counters["dropped_too_long"] == 1
+    assert src.rejections.counters["dropped_too_long"] == 1
 
 
 def test_epoch_without_a_usable_row_stops_with_reasons(collator):
@@ -137,7 +149,7 @@ def rank_of_two(rank: int, folder: Path) -> None:
     rows = Rows([GOOD, GOOD, GOOD, LONG] * 2)
     src = source(rows, collate, split=Split(2, rank, world=2))
     src.take(2)
-    assert src.counters["dropped_too_long"] == 2 * rank
+    assert src.rejections.counters["dropped_too_long"] == 2 * rank
     state = src.state_dict()
     assert state == {"position": 8, "dropped_too_long": 2, "dropped_broken": 0}
     src.load_state_dict(state)
