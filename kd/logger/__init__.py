@@ -1,6 +1,6 @@
-"""Where metrics and validation samples go: files always, the console and wandb by choice."""
+"""Where metrics, answers and rollouts go: files always, the console and wandb by choice."""
 
-from kd.logger.base import CompositeLogger, Logger, NullLogger, SampleRecord
+from kd.logger.base import CompositeLogger, Logger, NullLogger, RolloutRecord, SampleRecord
 from kd.logger.config import DefaultLoggerConfig, LoggerConfig, WandbLoggerConfig
 
 __all__ = [
@@ -9,6 +9,7 @@ __all__ = [
     "Logger",
     "LoggerConfig",
     "NullLogger",
+    "RolloutRecord",
     "SampleRecord",
     "WandbLoggerConfig",
 ]

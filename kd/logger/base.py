@@ -27,8 +27,34 @@ class SampleRecord:
     images: list[Image.Image] = field(default_factory=list)
 
 
+@dataclass
+class RolloutRecord:
+    """One response trained on, as the loss saw it."""
+
+    id: str
+    kind: str
+    question: str
+    """The prompt as text."""
+    answer: str | None
+    """The reference of the data set, if it has one."""
+    policy: str
+    """Who responded: student, teacher or dataset."""
+    tokens: list[str]
+    """The response's tokens, decoded one by one; white space is kept."""
+    divergence: list[float]
+    """Of the teacher from the student at each of `tokens`, times temperature²; nats."""
+    finished: bool
+    """False: cut at max_new_tokens."""
+    staleness: int
+    """Optimizer steps between the weights that responded and those that were trained."""
+    images: list[Image.Image] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        assert len(self.tokens) == len(self.divergence), "one divergence per token"
+
+
 class Logger(Protocol):
-    """`start` once, then `log` and `samples` in order of steps, then `close` once."""
+    """`start` once, then what there is to record in order of steps, then `close` once."""
 
     def start(self, config: dict[str, Any], total_steps: int, first_step: int) -> None:
         """Open the run. `first_step` optimizer steps are done already: 0 for a fresh run, k for
@@ -42,6 +68,10 @@ class Logger(Protocol):
 
     def samples(self, step: int, rows: list[SampleRecord]) -> None:
         """Record the answered rows of a validation."""
+        ...
+
+    def rollouts(self, step: int, rows: list[RolloutRecord]) -> None:
+        """Record some of the responses that the optimizer step `step` trained on."""
         ...
 
     def close(self, failed: bool = False) -> None:
@@ -59,6 +89,9 @@ class NullLogger:
         """Do nothing."""
 
     def samples(self, step: int, rows: list[SampleRecord]) -> None:
+        """Do nothing."""
+
+    def rollouts(self, step: int, rows: list[RolloutRecord]) -> None:
         """Do nothing."""
 
     def close(self, failed: bool = False) -> None:
@@ -85,6 +118,11 @@ class CompositeLogger:
         """Give the rows to each."""
         for logger in self.loggers:
             logger.samples(step, rows)
+
+    def rollouts(self, step: int, rows: list[RolloutRecord]) -> None:
+        """Give the rows to each."""
+        for logger in self.loggers:
+            logger.rollouts(step, rows)
 
     def close(self, failed: bool = False) -> None:
         """Close each in reverse order, also when one of them fails to."""

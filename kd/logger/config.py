@@ -22,7 +22,7 @@ class LoggerConfig:
     """Option `jsonl`: the files of the run directory and nothing else."""
 
     image_px: int = 192
-    """Longest side that the images of validation samples are kept with."""
+    """Longest side that the images of samples and rollouts are kept with."""
 
     def validate(self) -> None:
         """Raise UserError for values out of range."""

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
-from kd.logger.base import Logger, SampleRecord
+from kd.logger.base import Logger, RolloutRecord, SampleRecord
 from kd.logger.text import format_duration
 
 LINE_PARTS = {
@@ -20,6 +20,8 @@ LINE_PARTS = {
     "train/lr": "lr {:.2e}",
     "train/tokens_per_s": "{:,.0f} tokens/s",
     "train/step_s": "{:.2f} s/step",
+    "rollout/length_mean": "rollouts {:.1f} tokens",
+    "rollout/truncated": "{:.1%} truncated",
 }
 BAR_PARTS = {name: LINE_PARTS[name] for name in ("train/loss", "train/tokens_per_s")}
 
@@ -70,7 +72,7 @@ class LineLogger:
         self._step = first_step
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """A line for the train metrics and a line for the validation metrics, where given."""
+        """A line for train and rollout metrics and one for validation metrics, where given."""
         self._step = step
         head = f"step {step}/{self._pace.total_steps}"
         if train := _format(LINE_PARTS, metrics):
@@ -81,6 +83,9 @@ class LineLogger:
             self._print(f"{head}  val  {val}")
 
     def samples(self, step: int, rows: list[SampleRecord]) -> None:
+        """Not shown here."""
+
+    def rollouts(self, step: int, rows: list[RolloutRecord]) -> None:
         """Not shown here."""
 
     def close(self, failed: bool = False) -> None:
@@ -123,6 +128,9 @@ class BarLogger:
             self._print(f"step {step}  val  {val}")
 
     def samples(self, step: int, rows: list[SampleRecord]) -> None:
+        """Not shown here."""
+
+    def rollouts(self, step: int, rows: list[RolloutRecord]) -> None:
         """Not shown here."""
 
     def close(self, failed: bool = False) -> None:

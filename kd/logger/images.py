@@ -1,4 +1,4 @@
-"""Small copies of validation images."""
+"""Small copies of images."""
 
 from __future__ import annotations
 

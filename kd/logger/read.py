@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kd.logger.files import iter_records
-from kd.logger.jsonl import METRICS_FILE, SAMPLES_FILE
+from kd.logger.jsonl import METRICS_FILE, ROLLOUT, SAMPLES_FILE, VALIDATION
 
 log = logging.getLogger(__name__)
 
@@ -52,8 +52,24 @@ def read_metrics(run_dir: Path) -> dict[str, Points]:
 
 def read_latest_samples(run_dir: Path) -> list[dict[str, Any]]:
     """The rows of the last validation in `samples.jsonl`."""
+    return _latest(run_dir, VALIDATION)
+
+
+def read_latest_rollouts(run_dir: Path) -> list[dict[str, Any]]:
+    """The rollouts of the last step that recorded any; NaN and infinities as in `read_metrics`."""
+    rows = _latest(run_dir, ROLLOUT)
+    for row in rows:
+        nonfinite = row.pop("nonfinite", {})
+        values = enumerate(row["divergence"])
+        row["divergence"] = [float(nonfinite.get(str(i), x)) for i, x in values]
+    return rows
+
+
+def _latest(run_dir: Path, kind_of_line: str) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for _, record in iter_records(Path(run_dir) / SAMPLES_FILE):
+        if record.get("type", VALIDATION) != kind_of_line:
+            continue
         if rows and rows[0]["step"] != record["step"]:
             rows.clear()
         rows.append(record)

@@ -15,11 +15,13 @@ from kd.logger.files import write_atomic
 from kd.logger.images import PNG_URI
 from kd.logger.read import (
     Points,
+    read_latest_rollouts,
     read_latest_samples,
     read_metrics,
     read_status,
     summarize,
 )
+from kd.logger.response import heated, highest, scale, spread
 from kd.logger.text import format_duration, format_number
 from kd.types import UserError
 
@@ -30,7 +32,17 @@ CHARTS = {
     "Gradient norm": ("train/grad_norm",),
     "Learning rate": ("train/lr",),
     "Tokens per second": ("train/tokens_per_s",),
+    "Rollout length": ("rollout/length_mean",),
+    "Rollouts: truncated, ended, repetition": (
+        "rollout/truncated",
+        "rollout/eos",
+        "rollout/repetition",
+    ),
+    "Staleness": ("rollout/staleness",),
+    "Rollout tokens per second": ("rollout/tokens_per_s",),
 }
+SHARES = {"Validation accuracy", "Rollouts: truncated, ended, repetition"}
+"""The charts of values that are parts of a whole."""
 SETTINGS_FILES = ("overrides.yaml", "config.yaml")
 
 
@@ -44,7 +56,9 @@ def write_report(run_dir: Path) -> Path:
     if not run_dir.is_dir():
         raise UserError(f"{run_dir} is no directory: give the directory of a run, e.g. runs/<name>")
     series = read_metrics(run_dir)
-    samples = read_latest_samples(run_dir)
+    samples = [with_own_images_only(row) for row in read_latest_samples(run_dir)]
+    rollouts = [with_own_images_only(row) for row in read_latest_rollouts(run_dir)]
+    full_heat = scale(row["divergence"] for row in rollouts)
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -58,7 +72,9 @@ def write_report(run_dir: Path) -> Path:
         charts=charts(series),
         summaries=[summarize(name, points) for name, points in sorted(series.items())],
         nonfinite=nonfinite(series),
-        samples=[with_own_images_only(sample) for sample in samples],
+        samples=samples,
+        rollouts=[with_heat(row, full_heat) for row in rollouts],
+        full_heat=full_heat,
         settings=read_settings(run_dir),
     )
     path = run_dir / "report.html"
@@ -70,9 +86,7 @@ def charts(series: dict[str, Points]) -> list[Chart]:
     """Every chart that has something to show."""
     chosen = {title: select(series, patterns) for title, patterns in CHARTS.items()}
     return [
-        line_chart(title, lines, share="accuracy" in title)
-        for title, lines in chosen.items()
-        if lines
+        line_chart(title, lines, share=title in SHARES) for title, lines in chosen.items() if lines
     ]
 
 
@@ -99,6 +113,13 @@ def with_own_images_only(sample: dict[str, Any]) -> dict[str, Any]:
     """The sample without images that a browser would have to fetch from elsewhere."""
     images = [uri for uri in sample.get("images", []) if str(uri).startswith(PNG_URI)]
     return {**sample, "images": images}
+
+
+def with_heat(rollout: dict[str, Any], full_heat: float) -> dict[str, Any]:
+    """The rollout with its tokens as they are shown, and what its divergences come to."""
+    tokens = heated(rollout["tokens"], rollout["divergence"], full_heat)
+    found = {"tokens": tokens, "highest": highest(tokens), "spread": spread(rollout["divergence"])}
+    return rollout | found
 
 
 def read_settings(run_dir: Path) -> dict[str, str]:

@@ -1,20 +1,22 @@
-"""Metrics and validation samples on Weights & Biases. Needs the extra `kd-vlm[wandb]`."""
+"""Metrics, validation samples and rollouts on Weights & Biases. Needs the extra `kd-vlm[wandb]`."""
 
 from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import astuple
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import wandb
 from wandb.errors import AuthenticationError, CommError, UsageError
 
-from kd.logger.base import SampleRecord
+from kd.logger.base import RolloutRecord, SampleRecord
 from kd.logger.files import write_atomic
 from kd.logger.images import thumbnail
+from kd.logger.response import spread
 from kd.types import UserError
 
 if TYPE_CHECKING:
@@ -98,6 +100,13 @@ class WandbLogger:
                 table = samples_table(rows, self.options.image_px)
                 self._run.log({"step": step, "val/samples": table})
 
+    def rollouts(self, step: int, rows: list[RolloutRecord]) -> None:
+        """Send the rows as a table, `rollout/samples`."""
+        with self._or_stop(step):
+            if self._run is not None:
+                table = rollouts_table(rows, self.options.image_px)
+                self._run.log({"step": step, "rollout/samples": table})
+
     def close(self, failed: bool = False) -> None:
         """Wait for the uploads, at most `finish_timeout_s`."""
         with self._or_stop(None):
@@ -132,17 +141,58 @@ def run_id(run_dir: Path) -> str:
 
 def samples_table(rows: list[SampleRecord], image_px: int) -> wandb.Table:
     """One row per sample, and one column per image of the sample with the most."""
+    columns = {
+        "question": str,
+        "reference": str,
+        "student": str,
+        "teacher": str,
+        "correct": bool,
+    }
+    cells = [(row.question, row.answer, row.student, row.teacher, row.correct) for row in rows]
+    return _table(rows, columns, cells, image_px)
+
+
+def rollouts_table(rows: list[RolloutRecord], image_px: int) -> wandb.Table:
+    """One row per response, and what the divergences of its tokens come to."""
+    columns = {
+        "question": str,
+        "reference": str,
+        "policy": str,
+        "response": str,
+        "tokens": int,
+        "divergence_mean": float,
+        "divergence_highest": float,
+        "divergence_nonfinite": int,
+        "finished": bool,
+        "staleness": int,
+    }
+    cells = [
+        (
+            *(row.question, row.answer, row.policy, "".join(row.tokens), len(row.tokens)),
+            *astuple(spread(row.divergence)),
+            *(row.finished, row.staleness),
+        )
+        for row in rows
+    ]
+    return _table(rows, columns, cells, image_px)
+
+
+def _table(
+    rows: Sequence[SampleRecord | RolloutRecord],
+    columns: dict[str, type],
+    cells: list[tuple[Any, ...]],
+    image_px: int,
+) -> wandb.Table:
+    """Who and what each row is, its images, then `cells` under `columns`."""
     # A list of images in one cell would be stored as the text "Image".
     image_columns = max((len(row.images) for row in rows), default=0)
-    columns: list[str | int] = ["id", "kind", *(f"image_{i + 1}" for i in range(image_columns))]
-    columns += ["question", "reference", "student", "teacher", "correct"]
-    types = [str, str, *[wandb.Image] * image_columns, str, str, str, str, bool]
-    table = wandb.Table(columns=columns, dtype=types, optional=True)
-    for row in rows:
+    image_types = {f"image_{i + 1}": wandb.Image for i in range(image_columns)}
+    columns = {"id": str, "kind": str, **image_types, **columns}
+    table = wandb.Table(columns=list(columns), dtype=list(columns.values()), optional=True)
+    for row, values in zip(rows, cells, strict=True):
         images = [wandb.Image(thumbnail(image, image_px)) for image in row.images]
         images += [None] * (image_columns - len(images))
-        answers = (row.question, row.answer, row.student, row.teacher, row.correct)
-        table.add_data(row.id, row.kind, *images, *answers)
+        table.add_data(row.id, row.kind, *images, *values)
     return table
 
 

@@ -7,7 +7,7 @@ import pytest
 import wandb
 from PIL import Image
 
-from kd.logger import SampleRecord
+from kd.logger import RolloutRecord, SampleRecord
 
 
 @pytest.fixture
@@ -26,6 +26,28 @@ def record() -> Callable[..., SampleRecord]:
             "images": [Image.new("RGB", (400, 100), "red")],
         }
         return SampleRecord(**{**defaults, **fields})
+
+    return make
+
+
+@pytest.fixture
+def rollout() -> Callable[..., RolloutRecord]:
+    """A response of the student's to the same row, cut; fields can be replaced."""
+
+    def make(**fields) -> RolloutRecord:
+        defaults = {
+            "id": "row-1",
+            "kind": "count",
+            "question": "How many?",
+            "answer": "three",
+            "policy": "student",
+            "tokens": ["There", " are", "\n", " four"],
+            "divergence": [0.5, 0.0, 0.25, 2.0],
+            "finished": False,
+            "staleness": 3,
+            "images": [Image.new("RGB", (400, 100), "red")],
+        }
+        return RolloutRecord(**{**defaults, **fields})
 
     return make
 

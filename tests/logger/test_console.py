@@ -67,6 +67,18 @@ def test_metrics_that_are_missing_are_left_out():
     assert len(file.getvalue().splitlines()) == 1
 
 
+def test_line_shows_length_and_cut_share_of_rollouts(rollout):
+    file = io.StringIO()
+    logger = console_logger(Console(file=file))
+    logger.start({}, 10, 0)
+    rollouts = {"rollout/length_mean": 41.25, "rollout/truncated": 0.0625, "rollout/eos": 0.9}
+    logger.log(1, {"train/loss": 1.0, **rollouts})
+    logger.rollouts(1, [rollout()])
+    (line,) = file.getvalue().splitlines()
+    shown = "step 1/10  loss 1.0000  rollouts 41.2 tokens  6.2% truncated  left "
+    assert line.startswith(shown)
+
+
 def test_bar_on_a_terminal():
     file = io.StringIO()
     logger = console_logger(Console(file=file, force_terminal=True, width=100))

@@ -12,7 +12,17 @@ from PIL import Image
 
 from kd.logger.images import PNG_URI
 from kd.logger.jsonl import JsonlLogger
-from kd.logger.read import read_latest_samples, read_metrics, read_status, summarize
+from kd.logger.read import (
+    read_latest_rollouts,
+    read_latest_samples,
+    read_metrics,
+    read_status,
+    summarize,
+)
+
+
+def refuse(constant: str) -> None:
+    raise AssertionError(f"{constant} is not JSON")
 
 
 def steps(path: Path) -> list[int]:
@@ -91,9 +101,6 @@ def test_nan_and_infinity_are_valid_json_and_come_back(tmp_path):
     logger = logged(tmp_path, 0)
     logger.log(1, {"train/loss": math.nan, "train/kd": -math.inf, "train/ce": 1.0})
 
-    def refuse(constant: str) -> None:
-        raise AssertionError(f"{constant} is not JSON")
-
     line = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse)
     assert line["train/loss"] is None and line["train/ce"] == 1.0
     assert line["nonfinite"] == {"train/loss": "nan", "train/kd": "-inf"}
@@ -140,6 +147,67 @@ def test_samples_after_the_checkpoint_are_removed(tmp_path, record):
         logger.samples(step, [record(), record()])
     logged(tmp_path, last=0, first_step=7)
     assert steps(tmp_path / "samples.jsonl") == [5, 5]
+
+
+def test_rollout_is_written_and_read_back(tmp_path, rollout):
+    tokens = ["<|im_start|>", "\n", " naïve", "\ufffd", ""]
+    row = rollout(tokens=tokens, divergence=[0.1, 0.0, 1e-9, 2.5, 1.0], answer=None)
+    logged(tmp_path, 0).rollouts(4, [row, rollout(finished=True, policy="dataset", staleness=0)])
+    first, second = read_latest_rollouts(tmp_path)
+    assert first["tokens"] == tokens
+    assert first["divergence"] == [0.1, 0.0, 1e-9, 2.5, 1.0]
+    assert (first["step"], first["policy"], first["staleness"]) == (4, "student", 3)
+    assert first["answer"] is None and first["finished"] is False
+    assert (second["policy"], second["finished"]) == ("dataset", True)
+    (uri,) = first["images"]
+    assert Image.open(io.BytesIO(base64.b64decode(uri.removeprefix(PNG_URI)))).size == (192, 48)
+
+
+def test_divergence_that_is_not_finite_is_valid_json_and_comes_back(tmp_path, rollout):
+    divergence = [math.nan, 0.5, math.inf, -math.inf]
+    logged(tmp_path, 0).rollouts(4, [rollout(divergence=divergence)])
+    line = json.loads((tmp_path / "samples.jsonl").read_text(), parse_constant=refuse)
+    assert line["divergence"] == [None, 0.5, None, None]
+    assert line["nonfinite"] == {"0": "nan", "2": "inf", "3": "-inf"}
+    (row,) = read_latest_rollouts(tmp_path)
+    assert math.isnan(row["divergence"][0])
+    assert row["divergence"][1:] == [0.5, math.inf, -math.inf]
+
+
+def test_each_token_has_a_divergence(rollout):
+    with pytest.raises(AssertionError, match="one divergence per token"):
+        rollout(divergence=[0.5])
+
+
+def test_rollouts_and_validation_rows_are_read_apart(tmp_path, record, rollout):
+    logger = logged(tmp_path, 0)
+    logger.samples(5, [record(id="old"), record(id="old")])
+    logger.rollouts(6, [rollout(id="r6")])
+    logger.samples(10, [record(id="v10")])
+    logger.rollouts(10, [rollout(id="r10"), rollout(id="r10b")])
+    logger.samples(10, [record(id="v10b")])
+    assert [row["id"] for row in read_latest_samples(tmp_path)] == ["v10", "v10b"]
+    assert [row["id"] for row in read_latest_rollouts(tmp_path)] == ["r10", "r10b"]
+    logger.rollouts(12, [rollout(id="r12")])
+    assert [row["id"] for row in read_latest_samples(tmp_path)] == ["v10", "v10b"]
+    assert [row["id"] for row in read_latest_rollouts(tmp_path)] == ["r12"]
+
+
+def test_line_without_type_is_of_a_validation(tmp_path):
+    (tmp_path / "samples.jsonl").write_text('{"step": 3, "id": "a", "correct": true}\n')
+    assert [row["id"] for row in read_latest_samples(tmp_path)] == ["a"]
+    assert read_latest_rollouts(tmp_path) == []
+
+
+def test_rollouts_after_the_checkpoint_are_removed(tmp_path, record, rollout):
+    logger = logged(tmp_path, 0)
+    for step in (3, 6, 9):
+        logger.rollouts(step, [rollout(id=f"r{step}")])
+        logger.samples(step, [record(id=f"v{step}")])
+    logged(tmp_path, last=0, first_step=6)
+    assert steps(tmp_path / "samples.jsonl") == [3, 3, 6, 6]
+    assert [row["id"] for row in read_latest_rollouts(tmp_path)] == ["r6"]
+    assert [row["id"] for row in read_latest_samples(tmp_path)] == ["v6"]
 
 
 def test_status_that_is_broken_is_named(tmp_path, caplog):

@@ -67,12 +67,26 @@ def test_metrics_file_is_always_written(tmp_path, option):
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-def test_other_ranks_write_nothing(tmp_path, record, option):
+def test_rollouts_reach_the_file_with_every_option(tmp_path, rollout, option):
+    config = OPTIONS[option]()
+    if isinstance(config, WandbLoggerConfig):
+        config.mode = "disabled"
+    logger = config.build(tmp_path, rank=0)
+    logger.start({}, 2, 0)
+    logger.rollouts(1, [rollout()])
+    logger.close()
+    line = json.loads((tmp_path / "samples.jsonl").read_text())
+    assert (line["step"], line["type"], line["id"]) == (1, "rollout", "row-1")
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_other_ranks_write_nothing(tmp_path, record, rollout, option):
     logger = OPTIONS[option]().build(tmp_path / "run", rank=1)
     assert isinstance(logger, NullLogger)
     logger.start({}, 2, 0)
     logger.log(1, {"train/loss": 0.5})
     logger.samples(1, [record()])
+    logger.rollouts(1, [rollout()])
     logger.close(failed=True)
     assert not (tmp_path / "run").exists()
 

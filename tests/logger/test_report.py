@@ -27,27 +27,44 @@ class Page(HTMLParser):
         self.elements: list[tuple[str, dict[str, str | None]]] = []
         self.open: list[str] = []
         self.texts: list[tuple[str, str]] = []
+        self.content: list[str] = []
+        """Of each element in `elements`: the text directly within it, as it stands."""
+        self._at: list[int] = []
         self.feed(html)
         self.close()
         assert not self.open
 
     def handle_starttag(self, tag, attrs):
         self.elements.append((tag, dict(attrs)))
+        self.content.append("")
         if tag not in VOID:
             self.open.append(tag)
+            self._at.append(len(self.elements) - 1)
 
     def handle_startendtag(self, tag, attrs):
         self.elements.append((tag, dict(attrs)))
+        self.content.append("")
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
+        self._at.pop()
 
     def handle_data(self, data):
+        if self._at:
+            self.content[self._at[-1]] += data
         if data.strip():
             self.texts.append((self.open[-1] if self.open else "", data.strip()))
 
     def of(self, tag: str) -> list[str]:
         return [text for where, text in self.texts if where == tag]
+
+    def of_class(self, name: str) -> list[tuple[str, dict[str, str | None]]]:
+        """(text, attributes) of the elements of a class."""
+        return [
+            (text, attributes)
+            for text, (_, attributes) in zip(self.content, self.elements, strict=True)
+            if name in (attributes.get("class") or "").split()
+        ]
 
     def attributes(self, tag: str) -> list[dict[str, str | None]]:
         return [attributes for name, attributes in self.elements if name == tag]
@@ -127,6 +144,113 @@ def test_gallery_shows_the_last_validation(run_dir):
     assert page.of("dt") == [*("question", "reference", "student", "teacher"), *page.of("dt")[:3]]
     assert page.of("dd") == [EVIL, "three", EVIL, "three", "How many?", "three", "four"]
     assert len(page.attributes("img")) == 3
+
+
+@pytest.fixture
+def on_policy(run_dir, rollout) -> Path:
+    """The same run, with rollouts of steps that no validation has."""
+    logger = JsonlLogger(run_dir, 192)
+    names = ("length_mean", "truncated", "eos", "repetition", "staleness", "tokens_per_s")
+    for step in (4, 5):
+        logger.log(step, {f"rollout/{name}": 0.5 for name in names})
+        evil = rollout(
+            **dict.fromkeys(("id", "kind", "question", "answer", "policy"), EVIL),
+            tokens=["<script>", EVIL, " ", "\n", ""],
+            divergence=[0.0, 1.0, math.nan, 99.0, 0.5],
+            finished=True,
+        )
+        logger.rollouts(step, [rollout(id=f"step-{step}"), evil])
+    return run_dir
+
+
+def test_no_rollouts_no_section(run_dir):
+    assert "Rollouts" not in report(run_dir).of("h2")
+
+
+def test_rollouts_do_not_displace_the_validation(on_policy):
+    page = report(on_policy)
+    assert page.of("h2")[-3:] == ["Validation samples", "Rollouts", "Settings"]
+    assert "1 of these 2 are right, at step 6." in page.of("p")
+    assert any(text.startswith("2 of the responses that step 5") for text in page.of("p"))
+    assert "step-5 · count" in page.of("span") and "step-4 · count" not in page.of("span")
+
+
+def test_response_is_shown_token_by_token_with_its_numbers(on_policy, rollout):
+    JsonlLogger(on_policy, 192).rollouts(7, [rollout()])
+    page = report(on_policy)
+    response, named = page.of_class("token")[:4], page.of_class("token")[4:]
+    assert [text for text, _ in response] == ["There", " are", "↵\n", " four"]
+    titles = ["token 1: 0.5 nats", "token 2: 0 nats", "token 3: 0.25 nats", "token 4: 2 nats"]
+    assert [attributes["title"] for _, attributes in response] == titles
+    # The 99th percentile of 0, 0.25, 0.5, 2 is 1.955.
+    styles = ["--share: 0.256", "--share: 0.000", "--share: 0.128", "--share: 1.000"]
+    assert [attributes["style"] for _, attributes in response] == styles
+    assert [text for text, _ in named] == ["␣four", "There", "↵"]
+    assert "4 tokens, mean 0.688 nats" in page.of("dd")
+    assert re.match(r"1.9[56] nats and above: the 99th percentile of the", page.of("p")[-1])
+
+
+def test_rollout_says_who_responded_whether_it_was_cut_and_how_stale(tmp_path, rollout):
+    rows = [
+        rollout(staleness=1),
+        rollout(policy="dataset", finished=True, staleness=0, tokens=[], divergence=[]),
+    ]
+    JsonlLogger(tmp_path, 192).rollouts(1, rows)
+    page = report(tmp_path)
+    assert [text for text, _ in page.of_class("chip")] == ["cut", "student", "dataset"]
+    assert page.of("dd")[-3:] == ["1 step", "How many?", "three"]
+    assert page.of("span")[-1] == "no token"
+    terms = ["prompt", "reference", "response", "divergence", "highest", "staleness"]
+    assert page.of("dt") == [*terms, "prompt", "reference", "response"]
+
+
+def test_tokens_are_escaped(on_policy):
+    page = report(on_policy)
+    texts = [text for text, _ in page.of_class("token")][7:12]
+    assert texts == ["<script>", EVIL, " ", "↵\n", "∅"]
+    test_nothing_is_injected_or_fetched(on_policy)
+
+
+def test_divergence_that_is_not_finite_is_outlined_and_counted(on_policy):
+    page = report(on_policy)
+    marked = page.of_class("nonfinite")
+    assert [(text, attributes["title"]) for text, attributes in marked] == [
+        (" ", "token 3: nan"),
+        ("␣", "token 3: nan"),
+    ]
+    assert not any("style" in attributes for _, attributes in marked)
+    assert "5 tokens, mean 25.1 nats, 1 not finite and left out" in page.of("dd")
+
+
+def test_charts_of_rollouts(on_policy):
+    page = report(on_policy)
+    assert page.of("h3")[6:] == [
+        *("Rollout length", "Rollouts: truncated, ended, repetition"),
+        *("Staleness", "Rollout tokens per second"),
+    ]
+    shares = re.findall(r"<svg.*?</svg>", write_report(on_policy).read_text(), flags=re.DOTALL)[7]
+    assert Page(shares).of("text")[-5:] == ["0.00", "0.25", "0.50", "0.75", "1.00"]
+
+
+def test_heat_has_a_colour_in_light_and_in_dark(on_policy):
+    html = write_report(on_policy).read_text()
+    light, dark = re.findall(r"--heat: (\d+ \d+ \d+);", html)
+    inks = re.findall(r"--ink: #(\w{6})", html)
+    for ink, heat in zip(inks, (light, dark), strict=True):
+        ink_rgb = tuple(bytes.fromhex(ink))
+        assert contrast(ink_rgb, tuple(int(x) for x in heat.split())) >= 4.5  # WCAG AA
+
+
+def contrast(a: tuple[int, ...], b: tuple[int, ...]) -> float:
+    """The contrast ratio of two sRGB colours, 1 to 21 (WCAG 2.2)."""
+
+    def luminance(rgb: tuple[int, ...]) -> float:
+        parts = [x / 255 for x in rgb]
+        linear = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in parts]
+        return sum(w * x for w, x in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+    low, high = sorted((luminance(a), luminance(b)))
+    return (high + 0.05) / (low + 0.05)
 
 
 def test_settings_are_shown_verbatim(run_dir):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 import subprocess
 import sys
@@ -76,7 +77,7 @@ def test_offline_run_holds_config_metrics_and_samples(tmp_path, record):
     assert [r.exit.exit_code for r in records if r.WhichOneof("record_type") == "exit"] == [0]
 
     staged = [p.read_bytes() for p in (tmp_path / "wandb_data").rglob("*") if p.is_file()]
-    table = next(json.loads(b) for b in staged if b.startswith(b'{"_type": "table"'))
+    table = staged_table(tmp_path)
     assert table["columns"] == [
         *("id", "kind", "image_1", "image_2"),
         *("question", "reference", "student", "teacher", "correct"),
@@ -89,6 +90,42 @@ def test_offline_run_holds_config_metrics_and_samples(tmp_path, record):
     ]
     assert pictured[4:] == ["How many?", "three", "four", "three", True]
     assert sum(b.startswith(b"\x89PNG") for b in staged) >= 2
+
+
+def test_rollouts_are_a_table_that_is_valid_json(tmp_path, rollout):
+    logger = offline(tmp_path / "run")
+    logger.start({}, 9, 0)
+    broken = [0.5, math.nan, math.inf, 1.0]
+    nothing = rollout(tokens=[], divergence=[], answer=None, policy="teacher", images=[])
+    logger.rollouts(3, [rollout(), rollout(divergence=broken, finished=True), nothing])
+    logger.close()
+
+    (records,) = stored(tmp_path / "run")
+    (row,) = history(records)
+    assert (row["step"], row["rollout/samples._type"]) == (3, "table-file")
+    table = staged_table(tmp_path)
+    assert table["columns"] == [
+        *("id", "kind", "image_1", "question", "reference", "policy", "response", "tokens"),
+        *("divergence_mean", "divergence_highest", "divergence_nonfinite"),
+        *("finished", "staleness"),
+    ]
+    whole, infinite, empty = table["data"]
+    assert (whole[2]["width"], whole[2]["height"]) == (192, 48)
+    response = ["How many?", "three", "student", "There are\n four", 4]
+    assert whole[3:] == [*response, 0.6875, 2.0, 0, False, 3]
+    assert infinite[3:] == [*response, 0.75, 1.0, 2, True, 3]
+    assert empty[2:] == [None, "How many?", None, "teacher", "", 0, None, None, 0, False, 3]
+
+
+def staged_table(tmp_path: Path) -> dict:
+    """The one table that waits for its upload."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    staged = [p.read_bytes() for p in (tmp_path / "wandb_data").rglob("*") if p.is_file()]
+    (table,) = {b for b in staged if b.startswith(b'{"_type": "table"')}
+    return json.loads(table, parse_constant=refuse)
 
 
 def test_resumed_run_is_the_same_run_and_may_log_a_step_again(tmp_path):
@@ -155,6 +192,7 @@ os.waitpid(service, 0)
 for step in range(2, 50):  # the first may still fit the socket
     logger.log(step, {"train/loss": 1.0})
 logger.samples(50, [])
+logger.rollouts(50, [])
 logger.close()
 print("went on")
 """
