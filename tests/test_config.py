@@ -87,6 +87,32 @@ ONE_GROUP = [
     mistake("loss.chunk_mib=0", r"loss\.chunk_mib is 0"),
     mistake("loss=jsd loss.beta=1.5", r"loss\.beta is 1\.5"),
     mistake("loss.compile=sometimes", r"loss\.compile=sometimes\n.*one of \[auto, always, never\]"),
+    # rollout (kd_ratio=1: its samples have no reference answer)
+    mistake(
+        "rollout=student kd_ratio=1 rollout.sampling.temperature=-1",
+        r"rollout\.sampling\.temperature=-1\.0: 0 \(greedy\) or more",
+    ),
+    mistake("rollout=student kd_ratio=1 rollout.sampling.top_p=0", r"rollout\.sampling\.top_p=0"),
+    mistake("rollout=student kd_ratio=1 rollout.sampling.top_k=-1", r"sampling\.top_k=-1"),
+    mistake("rollout=student kd_ratio=1 rollout.sampling.max_new_tokens=0", r"max_new_tokens=0"),
+    mistake("rollout=student kd_ratio=1 rollout.num_generations=0", r"num_generations=0"),
+    mistake("rollout=student kd_ratio=1 rollout.window_steps=0", r"window_steps=0"),
+    mistake("rollout=student kd_ratio=1 rollout.async_steps=2", r"async_steps=2: 0, or 1"),
+    mistake(
+        "rollout=student kd_ratio=1 rollout.async_steps=1",
+        r"async_steps=1 needs an engine that generates elsewhere.*rollout/engine=vllm",
+    ),
+    mistake("rollout=student kd_ratio=1 rollout.generation_batch_size=0", r"_batch_size=0"),
+    mistake("rollout=student kd_ratio=1 rollout.engine.token_budget=0", r"token_budget=0"),
+    mistake(
+        "rollout=student kd_ratio=1 rollout.num_generations=4 rollout.sampling.temperature=0",
+        r"num_generations=4 at sampling\.temperature=0",
+    ),
+    mistake("rollout=mixed rollout.lmbda=1.1", r"rollout\.lmbda=1\.1: a probability, in \[0, 1\]"),
+    mistake("rollout=mixed rollout.lmbda=nan", r"rollout\.lmbda=nan"),
+    mistake("rollout=mixed rollout.lmbda_end=-1", r"rollout\.lmbda_end=-1"),
+    mistake("rollout=mixed rollout.lmbda_end=1", r"lmbda_end and rollout\.lmbda_steps go together"),
+    mistake("rollout=mixed rollout.off_policy=me", r"off_policy=me: use dataset or teacher"),
     # parallel
     mistake("parallel.device=tpu", r"parallel\.device=tpu: use auto, cpu or cuda"),
     mistake("parallel.compute_dtype=float8", r"parallel\.compute_dtype=float8: use one of float32"),
@@ -115,6 +141,27 @@ ACROSS_GROUPS = [
     mistake("kd_ratio=-0.1", r"kd_ratio=-0\.1"),
     mistake("kd_ratio=nan", r"kd_ratio=nan"),
     mistake("teacher=none", r"kd_ratio=0\.5 needs a teacher: .*teacher=…, or kd_ratio=0"),
+    mistake("rollout=student", r"kd_ratio=0\.5 asks for cross-entropy.*set kd_ratio=1, or .*mixed"),
+    mistake("rollout=mixed rollout.lmbda=1", r"kd_ratio=0\.5 asks for cross-entropy"),
+    mistake("rollout=mixed kd_ratio=0", r"kd_ratio=0 leaves nothing to learn"),
+    mistake("rollout=teacher kd_ratio=0 teacher=none", r"to be a teacher's, but there is none"),
+    mistake(
+        "rollout=student kd_ratio=1 rollout.num_generations=3",
+        r"num_generations=3 does not divide micro_batch_size 1 x grad_accum 16 = 16 rows",
+    ),
+    mistake(
+        "rollout=student kd_ratio=1 rollout.num_generations=4 rollout.generation_batch_size=16",
+        r"generation_batch_size=16 x num_generations 4 = 64 rollouts, but micro_batch_size 1 x "
+        r"grad_accum 16 = 16 rows per optimizer step and rank: give 4, or null",
+    ),
+    mistake(
+        "rollout=student kd_ratio=1 rollout.window_steps=2 rollout.generation_batch_size=16",
+        r"= 16 rows per optimizer step and rank x window_steps 2: give 32, or null",
+    ),
+    mistake(
+        "rollout=student kd_ratio=1 rollout.sampling.max_new_tokens=2048",
+        r"max_new_tokens=2048 leaves no room for a prompt in data\.max_length=2048",
+    ),
     mistake("run.seed=-1", r"run\.seed=-1: must be 0 or more"),
     mistake(
         "checkpoint.best_metric=val/accuracy validation.generate=false",
@@ -188,7 +235,7 @@ def test_mistakes_are_refused_in_plain_words(refusal, overrides, says):
 def test_unknown_config_names_the_shipped_ones(refusal):
     error = refusal("--config-name", "qwen_vl")
     assert "'qwen_vl'" in error
-    assert "digits_kd, digits_teacher, " in error and "qwen_vl_kd" in error
+    assert "digits_kd, digits_opd, digits_teacher, " in error and "qwen_vl_kd" in error
 
 
 def test_no_config_named(refusal):

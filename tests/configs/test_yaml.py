@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -19,12 +20,17 @@ NEEDS = {
     "teacher/local": ["teacher.name=folder"],
     "teacher/none": ["kd_ratio=0"],
     "data/conversations": ["data.path=rows.jsonl"],
+    "rollout/student": ["kd_ratio=1"],
+    "rollout/engine/hf": ["rollout=student", "kd_ratio=1"],
+    "rollout/engine/vllm": ["rollout=student", "kd_ratio=1"],
 }
 # The root config that an experiment is made for, where that is not HOST.
 EXPERIMENT_HOSTS = {"digits_ce": "digits_kd"}
 
 ROOTS = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
-FILES = sorted(str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.glob("*/*.yaml"))
+FILES = sorted(
+    str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.glob("*/**/*.yaml")
+)
 EXPERIMENTS = [name for name in FILES if name.startswith("experiment/")]
 GROUP_OPTIONS = [name for name in FILES if name not in EXPERIMENTS]
 
@@ -47,7 +53,7 @@ def yaml(name: str) -> DictConfig:
 
 def schema_of(name: str) -> type:
     """The dataclass that heads the defaults list of a group's YAML."""
-    group, schema = name.split("/")[0], yaml(name).defaults[0]
+    group, schema = name.rpartition("/")[0], yaml(name).defaults[0]
     return OPTIONS[group][schema.removesuffix("_schema")]
 
 
@@ -66,15 +72,17 @@ def test_root_configs(root):
 
 @pytest.mark.parametrize("name", GROUP_OPTIONS)
 def test_group_options(name):
-    group, option = name.split("/")
+    group, _, option = name.rpartition("/")
     config = composed(HOST, f"{group}={option}", *NEEDS.get(name, []))
-    assert type(getattr(config, group)) is schema_of(name)
+    chosen = functools.reduce(getattr, group.split("/"), config)
+    assert type(chosen) is schema_of(name)
 
 
 @pytest.mark.parametrize("name", GROUP_OPTIONS)
 def test_values_belong_to_the_schema(name):
     content = yaml(name)
-    assert content.pop("defaults")[1:] == ["_self_"]
+    *nested, last = content.pop("defaults")[1:]
+    assert last == "_self_" and all(isinstance(entry, DictConfig) for entry in nested)
     OmegaConf.merge(OmegaConf.structured(schema_of(name)), content)  # raises on a key it lacks
 
 
@@ -95,16 +103,16 @@ def test_experiments(name):
 
 
 def test_every_schema_has_a_yaml_and_every_group_a_schema():
-    groups = {path.name for path in CONFIGS.iterdir() if path.is_dir()}
+    groups = {str(path.relative_to(CONFIGS)) for path in CONFIGS.glob("**/") if path != CONFIGS}
     assert groups == {*OPTIONS, "experiment"}
     for group, schemas in OPTIONS.items():
-        shipped = {schema_of(name) for name in GROUP_OPTIONS if name.startswith(f"{group}/")}
+        shipped = {schema_of(name) for name in GROUP_OPTIONS if name.rpartition("/")[0] == group}
         assert shipped == set(schemas.values())
 
 
 def test_groups_bear_the_name_of_what_they_configure():
     for group, schemas in OPTIONS.items():
-        module = {"student": "model"}.get(group, group)
+        module = {"student": "model"}.get(group, group.split("/")[0])
         for schema in schemas.values():
             assert schema.__module__.split(".")[:2] == ["kd", module]
 
