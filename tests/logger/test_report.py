@@ -187,7 +187,7 @@ def test_response_is_shown_token_by_token_with_its_numbers(on_policy, rollout):
     assert [attributes["style"] for _, attributes in response] == styles
     assert [text for text, _ in named] == ["␣four", "There", "↵"]
     assert "4 tokens, mean 0.688 nats" in page.of("dd")
-    assert re.match(r"1.9[56] nats and above: the 99th percentile of the", page.of("p")[-1])
+    assert re.match(r"1\.9[56] nats and above: the 99th percentile of the", page.of("p")[-1])
 
 
 def test_rollout_says_who_responded_whether_it_was_cut_and_how_stale(tmp_path, rollout):
