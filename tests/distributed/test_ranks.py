@@ -113,6 +113,67 @@ def test_ranks_equal_one_process(train, rows, tmp_path):
     check("sharded")
 
 
+ON_POLICY_KEYS = (
+    "train/loss",
+    "train/ce",
+    "train/kd",
+    "train/grad_norm",
+    "rollout/length_mean",
+    "rollout/on_policy",
+    "rollout/staleness",
+)
+
+
+def test_on_policy_ranks_equal_one_process(train, rows, tmp_path):
+    """The same prompts, draws and responses on one rank and on two, also in mid-window."""
+    base = options(tmp_path, rows)
+    alone = ["teacher=none", "kd_ratio=0", "train.max_steps=2"]
+    teacher = train(CONFIG, "teacher", *base, *alone, "student.seed=3", "train.micro_batch_size=4")
+    base += [
+        *("teacher=local", f"teacher.name={teacher / 'export'}", "train.val_every=null"),
+        *("rollout=student", "kd_ratio=1", "rollout.sampling.max_new_tokens=5"),
+        *("rollout.num_generations=2", "rollout.window_steps=4", "train.max_steps=6"),
+    ]
+    one = train(CONFIG, "one", *base, "train.micro_batch_size=4")
+    expected = {key: metrics(one, key) for key in ON_POLICY_KEYS}
+    assert len(set(expected["rollout/staleness"].values())) == 4
+
+    def check(name: str) -> None:
+        for key in ON_POLICY_KEYS:
+            got = metrics(tmp_path / "runs" / name, key)
+            assert got == pytest.approx(expected[key], rel=1e-6), (name, key)
+
+    two = ["parallel.nproc=2"]
+    ranks("gathered", *base, *two, "train.micro_batch_size=2")
+    check("gathered")
+    lockstep = ["rollout.engine.gather=false", "rollout.engine.token_budget=150"]
+    ranks("lockstep", *base, *two, "train.micro_batch_size=1", *lockstep)
+    check("lockstep")
+
+    # From one rank's checkpoint in the middle of a window to two ranks.
+    for step in (4, 6):
+        shutil.rmtree(tmp_path / "runs" / "one" / "checkpoints" / f"step_{step:06d}")
+    ranks("one", *base, *two, "train.micro_batch_size=2")
+    check("one")
+
+
+def test_a_mix_on_ranks(train, rows, tmp_path):
+    """Slices off-policy on all ranks at once, the teacher's or the data set's."""
+    base = [*options(tmp_path, rows), "parallel.nproc=2", "train.micro_batch_size=1"]
+    alone = ["teacher=none", "kd_ratio=0", "train.max_steps=2", "train.val_every=null"]
+    ranks("judge", *base, *alone, "student.seed=3")
+    mixed = [
+        *("teacher=local", f"teacher.name={tmp_path / 'runs' / 'judge' / 'export'}"),
+        *("rollout=mixed", "rollout.sampling.max_new_tokens=5", "rollout.lmbda=0.5"),
+    ]
+    for policy in ("dataset", "teacher"):
+        ranks(policy, *base, *mixed, f"rollout.off_policy={policy}")
+        run = tmp_path / "runs" / policy
+        shares = metrics(run, "rollout/on_policy")
+        assert set(shares.values()) <= {0, 0.5, 1} and len(set(shares.values())) > 1
+        assert all(0 < loss < 100 for loss in metrics(run, "train/loss").values())
+
+
 def test_a_mistake_on_ranks_ends_with_plain_words(tmp_path, rows):
     rows.write_text(rows.read_text().replace("5_0.png", "missing.png"))
     command = [sys.executable, "-m", "kd.run", "--config-name", CONFIG, "run.name=bad"]

@@ -12,12 +12,8 @@ import pytest
 from tests.conftest import metrics
 
 LOSSES = ("train/loss", "train/ce", "train/kd", "train/grad_norm", "rollout/length_mean")
-ON_POLICY = [
-    "rollout=student",
-    "kd_ratio=1",
-    "loss=reverse_kl",
-    "rollout.sampling.max_new_tokens=6",
-]
+SHORT = "rollout.sampling.max_new_tokens=6"
+ON_POLICY = ["rollout=student", "kd_ratio=1", "loss=reverse_kl", SHORT]
 EXACT = ["parallel.compute_dtype=float64", "parallel.reduce_dtype=float64"]
 
 
