@@ -35,6 +35,15 @@ FREE_KEYS = (
     "train.grad_accum",
     "train.log_every",
     "train.save_every",
+    # Where and how rollouts are made, but not which weights make them.
+    "rollout.engine.gather",
+    "rollout.engine.token_budget",
+    "rollout.engine.urls",
+    "rollout.engine.model",
+    "rollout.engine.max_concurrency",
+    "rollout.engine.timeout_s",
+    "rollout.engine.retries",
+    "rollout.engine.wait_s",
 )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -55,7 +57,7 @@ class GeneratedSource:
         """Of this window, what is not handed out yet (this rank's)."""
         self.next: Future[list[Group]] | None = None
         """The window after it, under way or done."""
-        self.ahead = ThreadPoolExecutor(1, "rollout") if ahead else None
+        self.ahead = ahead
 
     def take(self, n: int) -> list[Batch]:
         """The `n` = grad_accum micro-batches of the next optimizer step. Collective.
@@ -71,7 +73,7 @@ class GeneratedSource:
         if self.ahead and self.next is None:
             groups = self._read()
             self._sync(groups)
-            self.next = self.ahead.submit(self._respond, groups)
+            self.next = _in_thread(lambda: self._respond(groups))
         self.stats.waited_s = time.perf_counter() - started
         groups, self.pending = self.pending[: partition.groups], self.pending[partition.groups :]
         self.stats.count([row for group in groups for row in group.rows], self.step)
@@ -86,9 +88,7 @@ class GeneratedSource:
         return self.stats.metrics() | dropped
 
     def close(self) -> None:
-        """End the thread and the engines."""
-        if self.ahead:
-            self.ahead.shutdown(wait=False, cancel_futures=True)
+        """End the engines."""
         for generator in self.generators.values():
             generator.engine.close()
 
@@ -99,8 +99,7 @@ class GeneratedSource:
         if self.next is None:
             groups = self._read()
             self._sync(groups)
-            self.next = Future()
-            self.next.set_result(self._responded(groups))
+            self.next = _done(self._responded(groups))
         return self._finish_next()
 
     def _finish_next(self) -> list[Group]:
@@ -255,6 +254,20 @@ class GeneratedSource:
         # What is rejected now was rejected, and counted, before.
         usable, _ = self.parts.collate.screen(self.stream.at(packed["slots"]), 0)
         return unpack_group(packed, usable)
+
+
+def _in_thread(work: Callable[[], list[Group]]) -> Future[list[Group]]:
+    future: Future[list[Group]] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:  # for whoever asks for the result
+            future.set_exception(error)
+
+    # A daemon, unlike those of an executor: a run that ends does not wait for its last window.
+    threading.Thread(target=run, name="rollout", daemon=True).start()
+    return future
 
 
 def _done(groups: list[Group]) -> Future[list[Group]]:
