@@ -1,0 +1,200 @@
+"""vLLM servers during one call of the engine: which are up, and which weights they hold.
+
+A server brought back holds the weights it was started with, and one that two runs share holds
+those of either. So every loading is stamped with a version of its own (`/update_weight_version`),
+which is read before a server is used and again when its responses are in.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx
+
+from kd.rollout.http import Fault, request_json
+from kd.types import UserError
+
+PROBE_TIMEOUT_S = 30.0
+POLL_S = 0.5
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What the servers are to hold."""
+
+    folder: Path
+    """A Hugging Face folder that the servers can read."""
+    label: str
+    """Of this step of this run alone."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """A server, and the version of one loading of weights into it."""
+
+    url: str
+    version: str
+
+
+class Servers:
+    """The servers at `urls`, to be used from one event loop. `weights` None: those they have."""
+
+    def __init__(
+        self,
+        client: httpx.AsyncClient,
+        urls: list[str],
+        weights: Weights | None,
+        timeout_s: float,
+        wait_s: float,
+    ) -> None:
+        self.client, self.urls, self.weights = client, urls, weights
+        self.timeout_s, self.wait_s = timeout_s, wait_s
+        self._held: dict[str, Held] = {}
+        self._faults: dict[str, tuple[float, Fault]] = {}
+        self._locks = {url: asyncio.Lock() for url in urls}
+
+    async def get(self, url: str, path: str) -> dict[str, Any]:
+        """Ask something that is quickly answered."""
+        timeout_s = min(PROBE_TIMEOUT_S, self.timeout_s)
+        return await request_json(self.client, url + path, None, timeout_s)
+
+    async def post(self, url: str, path: str, payload: dict[str, Any]) -> dict[str, Any]:
+        """Have something done."""
+        return await request_json(self.client, url + path, payload, self.timeout_s)
+
+    async def pick(self, number: int) -> Held:
+        """A server that holds the weights: the `number`-th, or the next after it that is up.
+
+        Raises UserError where none is for `wait_s`, and where one refuses the weights.
+        """
+        start = number % len(self.urls)
+        order = self.urls[start:] + self.urls[:start]
+        return await self.waited(lambda: self._first(order))
+
+    async def waited(self, attempt: Callable[[], Awaitable[T]]) -> T:
+        """`attempt()`, until it has no Fault. Raises UserError after `wait_s` of them."""
+        deadline = time.monotonic() + self.wait_s
+        while True:
+            try:
+                return await attempt()
+            except Fault as fault:
+                if time.monotonic() > deadline:
+                    raise UserError(
+                        f"no vLLM server was of use for {self.wait_s:g} s: {fault}\n"
+                        "Start it again (scripts/vllm_server.sh), then the run, with the same "
+                        "command: it goes on from its last checkpoint"
+                    ) from None
+            await asyncio.sleep(POLL_S)
+
+    def distrust(self, url: str) -> None:
+        """Ask the server again before its next use."""
+        self._held.pop(url, None)
+
+    async def changed(self, held: set[Held]) -> set[Held]:
+        """Those of `held` that are gone by now: no saying when, nor what responded since."""
+        now: set[Held] = set()
+        for url in {h.url for h in held}:
+            with contextlib.suppress(Fault):
+                now.add(Held(url, await self._version(url)))
+        for gone in held - now:
+            self.distrust(gone.url)
+        return held - now
+
+    # ---- one server ------------------------------------------------------------------------------
+
+    async def _first(self, urls: list[str]) -> Held:
+        faults = []
+        for url in urls:
+            try:
+                return await self.ready(url)
+            except Fault as fault:
+                faults.append(str(fault))
+        raise Fault("; ".join(faults))
+
+    async def ready(self, url: str) -> Held:
+        """See that the server holds the weights. Raises Fault, at once if it had one just now."""
+        async with self._locks[url]:
+            if url not in self._held:
+                until, fault = self._faults.get(url, (0.0, None))
+                if fault is not None and time.monotonic() < until:
+                    raise fault
+                try:
+                    self._held[url] = Held(url, await self._ensure(url))
+                except Fault as fault:
+                    self._faults[url] = (time.monotonic() + POLL_S, fault)
+                    raise
+            return self._held[url]
+
+    async def _version(self, url: str) -> str:
+        return str((await self.get(url, "/weight_info")).get("weight_version"))
+
+    async def _ensure(self, url: str) -> str:
+        version = await self._version(url)
+        if self.weights is None:
+            if version != "default":
+                raise UserError(
+                    f"{url} holds weights that a run has loaded into it, not those of its own "
+                    "model: start it again"
+                )
+            return version
+        if not self._is_right(version):
+            lock = self.weights.folder.parent / f".server_{self.urls.index(url)}.lock"
+            async with _one_rank(lock, self.timeout_s):
+                version = await self._version(url)
+                if not self._is_right(version):
+                    version = await self._load(url, self.weights)
+        return version
+
+    def _is_right(self, version: str) -> bool:
+        return self.weights is not None and version.startswith(f"{self.weights.label}/")
+
+    async def _load(self, url: str, weights: Weights) -> str:
+        version = f"{weights.label}/{uuid.uuid4().hex}"
+        # Paused, and what runs is aborted: the worker drops its image embeddings with the weights,
+        # and a request that counts on one of them takes the server down.
+        await self.post(url, "/pause?mode=abort", {})
+        await self._reload(url, weights.folder)
+        await self.post(url, "/reset_encoder_cache", {})
+        if not (await self.post(url, "/reset_prefix_cache", {})).get("success"):
+            raise Fault(f"{url} keeps the attention cache of its old weights")
+        await self.post(url, "/update_weight_version", {"new_version": version})
+        await self.post(url, "/resume", {})
+        return version
+
+    async def _reload(self, url: str, folder: Path) -> None:
+        reload = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
+        try:
+            await self.post(url, "/collective_rpc", reload)
+        except Fault as fault:
+            if not fault.answered:
+                raise
+            # It stays paused: half of its weights have no data, a request would take it down.
+            raise UserError(
+                f"the weights in {folder} cannot be loaded: {fault}\n"
+                f"{url} must be able to read that folder, and serve a model of the same sizes"
+            ) from None
+
+
+@contextlib.asynccontextmanager
+async def _one_rank(path: Path, timeout_s: float) -> AsyncIterator[None]:
+    """One rank at a time: two loadings at once would resume each other's pause."""
+    with path.open("w") as file:
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise Fault(f"{path} is locked by another rank for {timeout_s:g} s") from None
+            await asyncio.sleep(POLL_S)
+        yield

@@ -1,0 +1,46 @@
+"""Weights on their way to the servers: a Hugging Face folder in the run's directory."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import cast
+
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+from kd.model import VLM
+from kd.parallel import DTYPES
+from kd.rollout.engine import Policy
+
+
+def gather(vlm: VLM) -> dict[str, Tensor]:
+    """The whole weights in rank 0's memory, nothing on the others. Collective."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    prefix = "model."  # the attribute of the VLM that holds the model
+    state = get_model_state_dict(vlm, options=options)
+    return {name.removeprefix(prefix): cast(Tensor, value) for name, value in state.items()}
+
+
+def write(folder: Path, state: dict[str, Tensor], policy: Policy, dtype: str) -> None:
+    """Write a folder that is whole or absent."""
+    model, target = policy.vlm.model, DTYPES[dtype]
+    weights = {
+        name: value.to(target) if value.is_floating_point() else value
+        for name, value in state.items()
+    }
+    partial = folder.with_name(f".partial_{folder.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial, state_dict=weights)
+    policy.processor.save_pretrained(partial)
+    for file in partial.glob("*.safetensors"):  # written for their owner alone
+        shutil.copymode(partial / "config.json", file)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
+def remove_others(folder: Path) -> None:
+    """Remove the weights of other steps."""
+    for other in folder.parent.iterdir():
+        if other.is_dir() and other != folder:
+            shutil.rmtree(other)
