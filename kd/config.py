@@ -23,6 +23,7 @@ from kd.rollout import (
     RolloutConfig,
     StudentRollout,
     TeacherRollout,
+    VllmEngineConfig,
 )
 from kd.rundir import RunConfig
 from kd.teacher import LocalTeacherConfig, NoTeacherConfig, TeacherConfig
@@ -141,7 +142,7 @@ OPTIONS: dict[str, dict[str, type]] = {
         "teacher": TeacherRollout,
         "mixed": MixedRollout,
     },
-    "rollout/engine": {"hf": HFEngineConfig},
+    "rollout/engine": {"hf": HFEngineConfig, "vllm": VllmEngineConfig},
     "parallel": {"fsdp": ParallelConfig},
     "optim": {"adamw": OptimConfig},
     "logger": {

@@ -108,6 +108,17 @@ ONE_GROUP = [
         "rollout=student kd_ratio=1 rollout.num_generations=4 rollout.sampling.temperature=0",
         r"num_generations=4 at sampling\.temperature=0",
     ),
+    *(
+        mistake(f"rollout=student kd_ratio=1 rollout/engine=vllm rollout.engine.{setting}", says)
+        for setting, says in {
+            "urls=[]": r"rollout\.engine\.urls=\[\]: give one or more",
+            "urls=[localhost]": r"localhost should look like http://",
+            "sync_every=0": r"sync_every=0: must be at least 1",
+            "max_concurrency=0": r"max_concurrency=0",
+            "timeout_s=0": r"timeout_s=0",
+            "weights_dtype=float8": r"weights_dtype=float8: use one of",
+        }.items()
+    ),
     mistake("rollout=mixed rollout.lmbda=1.1", r"rollout\.lmbda=1\.1: a probability, in \[0, 1\]"),
     mistake("rollout=mixed rollout.lmbda=nan", r"rollout\.lmbda=nan"),
     mistake("rollout=mixed rollout.lmbda_end=-1", r"rollout\.lmbda_end=-1"),

@@ -14,6 +14,7 @@ from kd.rollout.generated import GeneratedSource
 from kd.rollout.hf import HFEngineConfig
 from kd.rollout.parts import Parts
 from kd.rollout.rejections import Rejections
+from kd.rollout.vllm import VllmEngineConfig
 
 __all__ = [
     "DatasetRollout",
@@ -30,4 +31,5 @@ __all__ = [
     "Sampling",
     "StudentRollout",
     "TeacherRollout",
+    "VllmEngineConfig",
 ]
