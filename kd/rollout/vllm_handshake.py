@@ -61,8 +61,11 @@ def _check_sizes(url: str, root: str, policy: Policy) -> None:
             root,
         )
         return
-    with torch.device("meta"):
-        theirs = AutoModelForImageTextToText.from_config(config)
+    try:
+        with torch.device("meta"):
+            theirs = AutoModelForImageTextToText.from_config(config)
+    except ValueError:
+        raise UserError(f"{url} serves {root}, which is no model that reads images") from None
     served = {name: tuple(p.shape) for name, p in theirs.named_parameters()}
     ours = {name: tuple(p.shape) for name, p in policy.vlm.model.named_parameters()}
     names = [name for name in ours | served if ours.get(name) != served.get(name)]

@@ -159,6 +159,8 @@ class Servers:
 
     async def _load(self, url: str, weights: Weights) -> str:
         version = f"{weights.label}/{uuid.uuid4().hex}"
+        # Whatever becomes of this loading, the weights before are not there any more.
+        await self.post(url, "/update_weight_version", {"new_version": "loading"})
         # Paused, and what runs is aborted: the worker drops its image embeddings with the weights,
         # and a request that counts on one of them takes the server down.
         await self.post(url, "/pause?mode=abort", {})

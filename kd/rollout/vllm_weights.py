@@ -24,14 +24,16 @@ def gather(vlm: VLM) -> dict[str, Tensor]:
 
 def write(folder: Path, state: dict[str, Tensor], policy: Policy, dtype: str) -> None:
     """Write a folder that is whole or absent."""
-    model, target = policy.vlm.model, DTYPES[dtype]
+    target = DTYPES[dtype]
+    # Each with memory of its own, or else a tied head is left out; and a server on a CPU, which
+    # keeps a packed copy of its head, would go on with the head of the weights before.
     weights = {
-        name: value.to(target) if value.is_floating_point() else value
+        name: value.to(target if value.is_floating_point() else value.dtype, copy=True)
         for name, value in state.items()
     }
     partial = folder.with_name(f".partial_{folder.name}")
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial, state_dict=weights)
+    policy.vlm.model.save_pretrained(partial, state_dict=weights)
     policy.processor.save_pretrained(partial)
     for file in partial.glob("*.safetensors"):  # written for their owner alone
         shutil.copymode(partial / "config.json", file)
