@@ -273,6 +273,7 @@ def test_a_killed_server_is_given_the_weights_again(server, engine):
     thread = threading.Thread(target=lambda: found.extend(engine.generate(PROMPTS, 4, long, SEEDS)))
     thread.start()
     time.sleep(took_s / 3)
+    assert thread.is_alive()
     server.kill()
     started = time.perf_counter()
     server.start()
