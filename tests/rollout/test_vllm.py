@@ -540,6 +540,7 @@ def test_values_out_of_range(changes, says):
 
 def rank_of_two(rank: int, urls: list[str], folder: Path) -> None:
     """Sharded weights reach the server whole, each rank generates its own, and both end alike."""
+    torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
     mesh = torch.distributed.init_device_mesh("cpu", (2,), mesh_dim_names=("dp_shard",))
     world = World(mesh, torch.device("cpu"), rank, 2)
