@@ -376,9 +376,8 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error("plain compares the hf engine only")
     if args.engine == "vllm" and args.clock == "cpu":
         parser.error("--clock cpu leaves out the seconds of a server: use wall")
-    calls = args.grad_accum
     for n in args.n:
-        if args.micro_batch * calls % n or args.micro_batch * calls // n % calls:
+        if n < 1 or args.micro_batch % n:
             parser.error(f"--n {n} does not divide --micro-batch {args.micro_batch}")
 
 
