@@ -357,12 +357,17 @@ def export(
         shutil.rmtree(partial, ignore_errors=True)
         target = getattr(torch, dtype)
         prefix = "model."  # the attribute of the root that holds the model
+        # A tied head is the embedding: it is stored once.
+        names = [f"{prefix}{name}" for name, _ in model.named_parameters()]
+        buffers = [f"{prefix}{name}" for name, _ in model.named_buffers()]
         weights = {
             name.removeprefix(prefix): value.to(target) if value.is_floating_point() else value
             for name, value in state.items()
+            if name in {*names, *buffers}
         }
-        model.config.dtype = target
         model.save_pretrained(partial, state_dict=weights)
+        model.config.dtype = target  # save_pretrained has written that of the trained weights
+        model.config.save_pretrained(partial)
         processor.save_pretrained(partial)
         for weights_file in partial.glob("*.safetensors"):  # written for their owner alone
             shutil.copymode(partial / "config.json", weights_file)

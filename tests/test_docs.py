@@ -137,7 +137,11 @@ def config_keys(schema: type, prefix: str) -> set[str]:
 
 
 KEYS = config_keys(VlmKDConfig, "").union(
-    *(config_keys(s, group) for group, schemas in OPTIONS.items() for s in schemas.values())
+    *(
+        config_keys(schema, group.replace("/", "."))
+        for group, schemas in OPTIONS.items()
+        for schema in schemas.values()
+    )
 )
 GROUPS = {key.split(".")[0] for key in KEYS if "." in key}
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from tests.conftest import metrics, subprocess_env
@@ -30,13 +31,20 @@ def teacher(train) -> Path:
 
 
 def test_distils_and_exports(train, teacher, tmp_path):
-    run = train("digits_kd", "kd", f"teacher.name={teacher}", "train.max_steps=12", "optim.lr=0.01")
+    options = [f"teacher.name={teacher}", "student.export_dtype=bfloat16"]
+    run = train("digits_kd", "kd", *options, "train.max_steps=12", "optim.lr=0.01")
     losses = metrics(run, "train/loss")
     assert list(losses) == list(range(1, 13))
     assert losses[12] < 0.75 * losses[1], losses
     kd, ce, loss = (metrics(run, f"train/{name}")[3] for name in ("kd", "ce", "loss"))
     assert loss == pytest.approx(0.9 * kd + 0.1 * ce, rel=1e-5)
     assert json.loads((run / "status.json").read_text())["status"] == "finished"
+
+    assert json.loads((run / "export" / "config.json").read_text())["dtype"] == "bfloat16"
+    with safe_open(run / "export" / "model.safetensors", "pt") as weights:
+        names = set(weights.keys())
+    assert "lm_head.weight" not in names, "a tied head is stored once"
+    assert "model.language_model.embed_tokens.weight" in names
 
     model = AutoModelForImageTextToText.from_pretrained(run / "export")
     processor = AutoProcessor.from_pretrained(run / "export")
