@@ -63,7 +63,7 @@ class VLM(nn.Module):
     @property
     def placeholder_ids(self) -> list[int]:
         """Tokens that stand for an image's features or frame them: a response can hold none."""
-        media = ("image", "video", "audio", "vision_start", "vision_end")
+        media = ("image", "video", "audio", "vision_start", "vision_end", "boi", "eoi")
         names = (f"{medium}_token_{end}" for medium in media for end in ("id", "index"))
         found = {self.model.config.to_dict().get(name) for name in names}
         return sorted(token for token in found if token is not None)
@@ -86,7 +86,9 @@ class VLM(nn.Module):
             num_beams=1,
             eos_token_id=stop_ids,
             pad_token_id=stop_ids[0],
-            suppress_tokens=self.placeholder_ids or None,
+        )
+        forbidden = torch.tensor(
+            self.placeholder_ids, device=prompts.input_ids_BS.device, dtype=torch.int64
         )
         # The model's own settings (penalties, suppressed tokens) are merged in where they stand.
         own, self.model.generation_config = self.model.generation_config, plain
@@ -94,7 +96,9 @@ class VLM(nn.Module):
             ids = self.model.generate(
                 **prompts.model_inputs(),
                 generation_config=plain,
-                logits_processor=LogitsProcessorList([draw] if draw else []),
+                logits_processor=LogitsProcessorList(
+                    [_Forbid(forbidden), *([draw] if draw else [])]
+                ),
                 # A rank whose rows are all done must go on running the shared all-gathers.
                 synced_gpus=self.lockstep and not self._gathered,
             )
@@ -109,20 +113,40 @@ class VLM(nn.Module):
         Collective at its start; inside it no forward is. Costs the memory of the whole model.
         """
         groups = [module for module in self.modules() if isinstance(module, FSDPModule)]
-        inner = [group for group in groups if group is not self]
-        for group in inner:
-            group.set_reshard_after_forward(False, recurse=False)
         for group in groups:
             group.unshard()
         self._gathered = True
         try:
-            yield
+            with _unhooked([group for group in groups if group is not self]):
+                yield
         finally:
             self._gathered = False
-            for group in inner:
-                group.set_reshard_after_forward(True, recurse=False)
             for group in groups:
                 group.reshard()
+
+
+@contextlib.contextmanager
+def _unhooked(groups: list[nn.Module]) -> Iterator[None]:
+    """Without the hooks of FSDP2: they would reshard, and take a tenth of a small model's time."""
+    hooks = [h for group in groups for h in (group._forward_pre_hooks, group._forward_hooks)]
+    kept = [dict(h) for h in hooks]
+    for h in hooks:
+        h.clear()
+    try:
+        yield
+    finally:
+        for h, own in zip(hooks, kept, strict=True):
+            h.update(own)
+
+
+class _Forbid(LogitsProcessor):
+    """Rules tokens out. `suppress_tokens` would compare the whole vocabulary for every token."""
+
+    def __init__(self, ids: Tensor) -> None:
+        self.ids = ids
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return scores.index_fill_(1, self.ids, -torch.inf)
 
 
 def cut(ids_BS: Tensor, stop_ids: list[int]) -> list[tuple[list[int], bool]]:
