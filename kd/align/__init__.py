@@ -1,0 +1,26 @@
+"""Responses in two tokenizers: what their tokens spell, where they meet, and targets on that."""
+
+from kd.align.alignment import Alignment, Group, align, matched_vocabulary, teacher_response
+from kd.align.targets import (
+    NEEDS_ALIGNED_LOSS,
+    AlignedTargets,
+    Groups,
+    MatchedVocabulary,
+    Side,
+)
+from kd.align.tokens import TokenBytes, Unaligned
+
+__all__ = [
+    "NEEDS_ALIGNED_LOSS",
+    "AlignedTargets",
+    "Alignment",
+    "Group",
+    "Groups",
+    "MatchedVocabulary",
+    "Side",
+    "TokenBytes",
+    "Unaligned",
+    "align",
+    "matched_vocabulary",
+    "teacher_response",
+]
