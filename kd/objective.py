@@ -17,27 +17,41 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from kd.objective_dense import (
+    DIVERGENCES,
     CompilePolicy,
     DenseBody,
     DenseLoss,
     check_positive,
     check_range,
 )
-from kd.objective_loop import Body, KDOutput, chunked_objective
+from kd.objective_loop import (
+    Body,
+    Count,
+    KDOutput,
+    accumulation_dtype,
+    chunked_objective,
+    head_logits,
+    kd_weight,
+)
 from kd.types import IGNORE_INDEX, DenseTargets, UserError
 
 __all__ = [
+    "DIVERGENCES",
     "Body",
     "CompilePolicy",
+    "Count",
     "DenseBody",
     "DenseLoss",
     "KDOutput",
+    "accumulation_dtype",
     "check_head",
     "check_positive",
     "check_range",
     "check_teacher",
     "chunked_objective",
     "fused_linear_kd",
+    "head_logits",
+    "kd_weight",
 ]
 
 

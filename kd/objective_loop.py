@@ -8,7 +8,7 @@ a `Body`, and multiplied straight into grad-hidden and grad-weight before the ne
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,17 +21,20 @@ UPCAST_TILE = 8192
 
 @dataclass(frozen=True)
 class KDOutput:
-    """Scalars, each a sum over this rank's targets divided by `num_targets`, and kd per target.
+    """Scalars, each a sum over this rank's targets divided by their count, and kd per target.
 
-    `loss = (1 - kd_ratio) * ce + kd_ratio * kd` is differentiable; all else is detached. `kd` has
-    the factor temperature² in it, and is 0 where there is no teacher (kd_ratio = 0).
+    `loss = (1 - kd_ratio) * ce + kd_ratio * kd` is differentiable; all else is detached. `kd` of a
+    divergence has the factor temperature² in it, and is 0 where there is no teacher (kd_ratio = 0).
     """
 
     loss: Tensor
     ce: Tensor
     kd: Tensor
     kd_N: Tensor
-    """[N] fp32 (fp64 for fp64), not yet divided: `kd = kd_N.sum() / num_targets`."""
+    """[N] fp32 (fp64 for fp64), not yet divided: `kd = kd_N.sum() / num_kd_targets`.
+
+    Where several rows are one target of the KD term, the first of them has its value.
+    """
 
 
 class Body(Protocol):
@@ -50,8 +53,9 @@ class Body(Protocol):
         """Return (kd_C, ce_C) of the target rows `rows`; write the gradient to `dlogits_CV`.
 
         A row labelled -100 has no reference answer: its CE is 0, in value and gradient.
-        The gradient is that of `(1 - kd_ratio) * ce_C + kd_ratio * kd_C`. `dlogits_CV` is None
-        where no gradient is wanted, and may be `logits_CV` itself: read before writing.
+        The gradient is that of `(1 - kd_ratio) * ce_C + kd_ratio * kd_C`, with the second term
+        times num_targets / num_kd_targets where these differ. `dlogits_CV` is None where no
+        gradient is wanted, and may be `logits_CV` itself: read before writing.
         """
         ...
 
@@ -183,7 +187,7 @@ def _run_chunks(
     # Not one tensor cut in two: kd_N is given out, and would keep the memory of both.
     kd_N = hidden_ND.new_zeros(len(labels_N), dtype=dtype)
     ce_N = torch.zeros_like(kd_N)
-    max_rows = chunks[0].stop if chunks else 0
+    max_rows = max((rows.stop - rows.start for rows in chunks), default=0)
     logits = hidden_ND.new_empty(max_rows, vocab, dtype=dtype)
     dlogits = None
     if gradients.wanted and gemm_dtype(weight_VD) != dtype:
@@ -201,11 +205,31 @@ def _run_chunks(
     return kd_N, ce_N
 
 
+Count = int | Tensor
+
+
+def divisor(count: Count, device: torch.device) -> Count:
+    """A count as what to divide by: on the device, and 1 where there is nothing to divide."""
+    return count.detach().to(device).clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
+
+
+def kd_weight(
+    num_targets: Count, num_kd_targets: Count | None, device: torch.device
+) -> float | Tensor:
+    """What a body multiplies the KD term of its gradient by: num_targets / num_kd_targets."""
+    if num_kd_targets is None:
+        return 1.0
+    counts = (divisor(count, device) for count in (num_targets, num_kd_targets))
+    # Two counts as tensors would be divided in fp32.
+    count, kd_count = (x.double() if isinstance(x, Tensor) else x for x in counts)
+    return count / kd_count
+
+
 def _mix(
-    kd_N: Tensor, ce_N: Tensor, kd_ratio: float, num_targets: int | Tensor
+    kd_N: Tensor, ce_N: Tensor, kd_ratio: float, num_targets: Count, num_kd_targets: Count
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The fields of KDOutput. An endpoint drops the other term, which 0 * inf would not."""
-    ce, kd = ce_N.sum() / num_targets, kd_N.sum() / num_targets
+    ce, kd = ce_N.sum() / num_targets, kd_N.sum() / num_kd_targets
     if kd_ratio in (0, 1):
         return (kd if kd_ratio else ce).clone(), ce, kd, kd_N
     return (1 - kd_ratio) * ce + kd_ratio * kd, ce, kd, kd_N
@@ -224,7 +248,8 @@ class _FusedHead(torch.autograd.Function):
         body: Body,
         chunks: list[slice],
         kd_ratio: float,
-        num_targets: int | Tensor,
+        num_targets: Count,
+        num_kd_targets: Count,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         inputs = hidden_ND, weight_VD, bias_V
         gradients = Gradients.zeros(inputs, ctx.needs_input_grad[:3])
@@ -232,7 +257,7 @@ class _FusedHead(torch.autograd.Function):
         ctx.save_for_backward(*gradients.as_tuple())
         ctx.num_targets = num_targets
         ctx.dtypes = [None if x is None else x.dtype for x in inputs]
-        fields = _mix(*per_row, kd_ratio, num_targets)
+        fields = _mix(*per_row, kd_ratio, num_targets, num_kd_targets)
         ctx.mark_non_differentiable(*fields[1:])
         return fields
 
@@ -250,7 +275,7 @@ class _FusedHead(torch.autograd.Function):
             else torch.mul(sum_, scale, out=torch.empty_like(sum_, dtype=dtype))
             for sum_, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
-        return *grads, None, None, None, None, None
+        return *grads, None, None, None, None, None, None
 
 
 def chunked_objective(
@@ -261,9 +286,11 @@ def chunked_objective(
     body: Body,
     *,
     kd_ratio: float,
-    num_targets: int | Tensor,
+    num_targets: Count,
+    num_kd_targets: Count | None = None,
     chunk_size: int | None = None,
     budget_mib: int | None = None,
+    cut: Callable[[int], list[slice]] | None = None,
 ) -> KDOutput:
     """Run `body` over rows that are all targets, without a host sync.
 
@@ -276,24 +303,26 @@ def chunked_objective(
         body: turns logits into losses and their gradient.
         kd_ratio: share of the KD term; must be what `body` was made with.
         num_targets: count of targets that the sums are divided by; 0 counts as 1.
+        num_kd_targets: count that the sum of the KD term is divided by instead; None: the same. The
+            body must have been made with `kd_weight` of the two.
         chunk_size: rows per chunk; None: as many as fit into `budget_mib`.
         budget_mib: memory for the logits of one chunk; None: 2,560 MiB on a GPU, else 256 MiB.
+        cut: the chunks, in order and covering all rows, for the most rows that one should have;
+            None: any row may end a chunk.
 
     With N = 0 the loss is 0 and still attached to hidden and head, so that every rank of a
     distributed step runs its backward.
     """
-    if isinstance(num_targets, Tensor):
-        num_targets = num_targets.detach().to(hidden_ND.device).clamp(min=1)
-    else:
-        num_targets = max(num_targets, 1)
+    counts = [num_targets, num_targets if num_kd_targets is None else num_kd_targets]
+    counts = [divisor(count, hidden_ND.device) for count in counts]
     max_rows = chunk_size or rows_in_budget(weight_VD, body, budget_mib)
-    chunks = balanced_chunks(len(labels_N), max_rows)
+    chunks = cut(max_rows) if cut else balanced_chunks(len(labels_N), max_rows)
     inputs = hidden_ND, weight_VD, bias_V
     with torch.autocast(hidden_ND.device.type, enabled=False):
         if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
-            out = _FusedHead.apply(*inputs, labels_N, body, chunks, kd_ratio, num_targets)
+            out = _FusedHead.apply(*inputs, labels_N, body, chunks, kd_ratio, *counts)
             return KDOutput(*out)
         with torch.no_grad():
             none = Gradients(None, None, None)
             per_row = _run_chunks(*inputs, labels_N, body, chunks, none)
-            return KDOutput(*_mix(*per_row, kd_ratio, num_targets))
+            return KDOutput(*_mix(*per_row, kd_ratio, *counts))

@@ -1,4 +1,4 @@
-"""Options of the group `loss`, and the objective that each builds.
+"""Options of the group `loss` for one tokenizer, and the objective that every option builds.
 
 Shape legend: N target rows, D hidden, V vocabulary.
 """
@@ -10,11 +10,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from kd.align import NEEDS_ALIGNED_LOSS, AlignedTargets
+from kd.loss.aligned import AlignedBody, AlignedLoss
 from kd.loss.body import AutogradBody, Divergence
 from kd.loss.divergences import forward_kl, generalized_jsd, reverse_kl
 from kd.objective import (
     Body,
     CompilePolicy,
+    Count,
     DenseBody,
     DenseLoss,
     KDOutput,
@@ -23,6 +26,7 @@ from kd.objective import (
     check_range,
     check_teacher,
     chunked_objective,
+    kd_weight,
 )
 from kd.types import DenseTargets, TeacherTargets, UserError
 
@@ -31,8 +35,8 @@ from kd.types import DenseTargets, TeacherTargets, UserError
 class Objective:
     """CE + KD of one run: call it on the target rows of each micro-batch."""
 
-    divergence: Divergence
-    """A function of log-probs, which serves any targets."""
+    divergence: Divergence | AlignedLoss
+    """A function of log-probs, which serves any targets of one tokenizer; or a loss on groups."""
     closed_form: DenseLoss | None
     """The same for dense targets, faster; None: the function serves them too."""
     temperature: float
@@ -47,37 +51,97 @@ class Objective:
         student_bias_V: Tensor | None,
         labels_N: Tensor,
         targets: TeacherTargets | None,
-        num_targets: int | Tensor,
+        num_targets: Count,
+        num_kd_targets: Count | None = None,
     ) -> KDOutput:
         """Loss of rows that are all targets; see `chunked_objective`.
 
         A label of -100 says that the row has no reference answer: no CE, but KD in full.
         `targets` hold the teacher's word on the same rows; they are not looked at when kd_ratio
-        is 0. Raises UserError for shapes that do not fit, or targets that are missing.
+        is 0. `num_kd_targets` is the number of groups of the whole optimizer step, for aligned
+        losses; for all others every target counts, and it can only be `num_targets`.
+
+        Raises UserError for shapes that do not fit, targets that are missing, or targets that this
+        loss cannot be taken of.
         """
         check_head("student", student_hidden_ND, student_weight_VD, student_bias_V, labels_N)
-        if self.kd_ratio == 0:
-            targets = None
-        elif targets is None:
-            raise UserError("There are no teacher targets: choose a teacher, or kd_ratio=0.")
-        elif isinstance(targets, DenseTargets):
-            check_teacher(student_weight_VD, targets, labels_N)
+        targets = self._usable(targets, student_weight_VD, labels_N)
+        body, cut = body_for(targets, self), None
+        if isinstance(targets, AlignedTargets) and isinstance(body, AlignedBody):
+            body.kd_weight = kd_weight(num_targets, num_kd_targets, labels_N.device)
+            cut = targets.groups.chunks
+        elif targets is not None:
+            _check_same_count(num_targets, num_kd_targets)
         return chunked_objective(
             student_hidden_ND,
             student_weight_VD,
             student_bias_V,
             labels_N,
-            body_for(targets, self),
+            body,
             kd_ratio=self.kd_ratio,
             num_targets=num_targets,
+            num_kd_targets=num_kd_targets if cut else None,
             budget_mib=self.chunk_mib,
+            cut=cut,
         )
+
+    def _usable(
+        self, targets: TeacherTargets | None, student_weight_VD: Tensor, labels_N: Tensor
+    ) -> TeacherTargets | None:
+        """The targets, checked; dense ones as this loss needs them; None with kd_ratio 0."""
+        if self.kd_ratio == 0:
+            return None
+        if targets is None:
+            raise UserError("There are no teacher targets: choose a teacher, or kd_ratio=0.")
+        if isinstance(targets, AlignedTargets):
+            _check_aligned(student_weight_VD, targets, labels_N)
+        if isinstance(targets, DenseTargets):
+            check_teacher(student_weight_VD, targets, labels_N)
+            if isinstance(self.divergence, AlignedLoss):
+                return AlignedTargets.one_to_one(targets, len(student_weight_VD))
+        return targets
+
+
+def _check_same_count(num_targets: Count, num_kd_targets: Count | None) -> None:
+    if num_kd_targets is None or num_kd_targets is num_targets:
+        return
+    if isinstance(num_targets, Tensor) or num_kd_targets != num_targets:
+        raise UserError(
+            f"num_kd_targets is {num_kd_targets}, num_targets {num_targets}: with one tokenizer "
+            "they are the same."
+        )
+
+
+def _check_aligned(weight_VD: Tensor, targets: AlignedTargets, labels_N: Tensor) -> None:
+    """Raise UserError unless the teacher fits its groups, and these the student's head and rows."""
+    groups, matched = targets.groups, targets.matched
+    teacher_ids_M = groups.teacher.ids_R
+    check_head("teacher", targets.hidden_MD, targets.weight_VD, targets.bias_V, teacher_ids_M)
+    if len(groups.student.ids_R) != len(labels_N):
+        raise UserError(
+            f"The groups are of {len(groups.student.ids_R)} student rows, but there are "
+            f"{len(labels_N)}."
+        )
+    for who, head_VD, needed in (
+        ("student", weight_VD, matched.student_size),
+        ("teacher", targets.weight_VD, matched.teacher_size),
+    ):
+        if needed > len(head_VD):
+            raise UserError(
+                f"The {who}'s tokenizer has {needed} tokens that are matched, its head only "
+                f"{len(head_VD)} entries: they are not of one model."
+            )
 
 
 CE_ONLY = DenseLoss("forward_kl", beta=0.5, temperature=1.0, kd_ratio=0.0)
 
 
 def _autograd_body(targets: TeacherTargets, objective: Objective) -> Body:
+    if isinstance(objective.divergence, AlignedLoss):
+        raise UserError(
+            "loss=uld and loss=gold need the teacher's whole distribution, which these targets do "
+            "not have: choose teacher=local, or another loss."
+        )
     return AutogradBody(targets, objective.divergence, objective.temperature, objective.kd_ratio)
 
 
@@ -92,6 +156,13 @@ def _(targets: DenseTargets, objective: Objective) -> Body:
     if objective.closed_form is None:
         return _autograd_body(targets, objective)
     return DenseBody(targets, objective.closed_form, objective.compile)
+
+
+@body_for.register
+def _(targets: AlignedTargets, objective: Objective) -> Body:
+    if not isinstance(objective.divergence, AlignedLoss):
+        raise UserError(NEEDS_ALIGNED_LOSS)
+    return AlignedBody(targets, objective.divergence, objective.kd_ratio)
 
 
 @body_for.register
