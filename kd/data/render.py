@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import ProcessorMixin
 
 from kd.data.base import RowError
-from kd.types import Sample
+from kd.types import Sample, UserError
 
 
 @dataclass
@@ -26,7 +26,8 @@ class Prompt:
     aligned_S: dict[str, Tensor]
     """One value per token, such as mm_token_type_ids."""
     media: dict[str, Tensor]
-    """Joined over rows on dimension 0, such as pixel_values and image_grid_thw."""
+    """Joined over rows on dimension 0, such as pixel_values and image_grid_thw; where the other
+    dimensions differ (the largest image, the most tiles) they are padded at their end."""
 
     def __getstate__(self) -> tuple:
         # As arrays: each tensor that a worker process sends holds a file descriptor open.
@@ -70,13 +71,14 @@ class Renderer:
             # The template has written its own special tokens; the tokenizer must not add a BOS.
             out = self.processor(
                 text=[text],
-                images=sample.images or None,
+                # A list per row: some processors treat the images of one row otherwise than many.
+                images=[sample.images] if sample.images else None,
                 add_special_tokens=False,  # pyright: ignore[reportCallIssue]
                 return_tensors="pt",  # pyright: ignore[reportCallIssue]
             )
         except ValueError as error:
             raise RowError(f"the processor refuses it: {error}") from error
-        return _split(dict(out))
+        return _split(dict(out), self.processor.image_processor.model_input_names)
 
     def response(self, answer: str) -> list[int]:
         """Ids of `answer` and EOS. Raises RowError where it holds a control token."""
@@ -98,10 +100,19 @@ class Renderer:
             raise RowError(f"{where} contains the control token '{found.group()}'")
 
 
-def _split(out: dict[str, Tensor]) -> Prompt:
-    """Sort the processor's output. [1, S] is a sequence: no prompt is as short as a grid's 3."""
+def _split(out: dict[str, Tensor], of_images: list[str]) -> Prompt:
+    """Sort the processor's output: what is [1, S] and not of an image is aligned to the tokens."""
     ids_1S = out.pop("input_ids")
     out.pop("attention_mask")
-    aligned = {name: x[0] for name, x in out.items() if x.shape == ids_1S.shape}
+    # An image's patches can be as many as the tokens: the shape alone does not tell.
+    aligned = {
+        name: x[0] for name, x in out.items() if x.shape == ids_1S.shape and name not in of_images
+    }
     media = {name: x for name, x in out.items() if name not in aligned}
+    for name, x in media.items():
+        if name not in of_images and x.shape[:2] == ids_1S.shape:
+            raise UserError(
+                f"the processor gives {name} of shape {list(x.shape)}, token by token and image by "
+                "image: a model that attends to its images apart from the tokens is not supported"
+            )
     return Prompt(ids_1S[0].to(torch.int64), aligned, media)
