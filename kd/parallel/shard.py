@@ -16,14 +16,21 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kd.parallel.world import DTYPES, ParallelConfig, World
 
 
 def blocks(model: PreTrainedModel) -> list[nn.Module]:
-    """The repeated blocks of `model`, as the model's own class names them."""
+    """The repeated blocks of `model`: those whose activations can be checkpointed.
+
+    Code that is not of transformers may have none of that kind: there, those its class names.
+    """
+    modules = list(model.modules())
+    layers: list[nn.Module] = [m for m in modules if isinstance(m, GradientCheckpointingLayer)]
+    # Names only then: for some families they are those of embeddings, or of one half of a block.
     names = set(model._no_split_modules or ())
-    return [module for module in model.modules() if type(module).__name__ in names]
+    return layers or [module for module in modules if type(module).__name__ in names]
 
 
 def shard(
