@@ -1,0 +1,300 @@
+"""Every family of models through rendering, packing, loss, generation, sharding and export."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+
+from kd.checkpoint import export
+from kd.data import Collator, Renderer
+from kd.loss import ForwardKLConfig
+from kd.model import FrozenVLM, Student, cut
+from kd.model.parts import parts
+from kd.parallel import ParallelConfig, World
+from kd.parallel.shard import blocks
+from kd.types import Batch, Inputs, Rollout, Sample
+from tests.model.families import FAMILIES, write
+
+# Parameters that no forward reads: the image's features are taken before the tower's last norm.
+UNREAD = {"llava_onevision": ["post_layernorm.bias", "post_layernorm.weight"]}
+
+
+@dataclass
+class Family:
+    name: str
+    folder: Path
+    teacher_folder: Path
+    processor: ProcessorMixin
+
+    def model(self, dtype: str = "float32") -> PreTrainedModel:
+        return AutoModelForImageTextToText.from_pretrained(self.folder, dtype=dtype)
+
+    def teacher(self) -> FrozenVLM:
+        return FrozenVLM(AutoModelForImageTextToText.from_pretrained(self.teacher_folder))
+
+    def collator(self, lockstep: bool = False) -> Collator:
+        return Collator(Renderer(self.processor), None, 2048, lockstep)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Family:
+    if request.param == "smolvlm" and importlib.util.find_spec("num2words") is None:
+        pytest.skip("its processor needs num2words")
+    folder = tmp_path_factory.mktemp(request.param)
+    write(request.param, folder / "student", seed=0)
+    write(request.param, folder / "teacher", seed=1)
+    processor = AutoProcessor.from_pretrained(folder / "student")
+    return Family(request.param, folder / "student", folder / "teacher", processor)
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[World]:
+    threads = torch.get_num_threads()
+    made = ParallelConfig(device="cpu", cpu_threads=1).build()
+    yield made
+    made.close()
+    torch.set_num_threads(threads)
+
+
+def image(width: int, height: int, seed: int) -> Image.Image:
+    noise = np.random.RandomState(seed).randint(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(noise)
+
+
+def row(name: str, answer: str, *images: Image.Image) -> Sample:
+    parts = [{"type": "image"} for _ in images]
+    content = [*parts, {"type": "text", "text": "What is in the picture? " * (1 + len(answer) % 3)}]
+    return Sample(name, [{"role": "user", "content": content}], list(images), answer)
+
+
+TWO = row("two", "No.", image(32, 32, 1), image(48, 64, 2))
+NONE = row("none", "A red square, that is all there is.")
+ONE = row("one", "A blue circle.", image(64, 32, 0))
+ROWS = [TWO, NONE, ONE]
+
+
+def by_row(batch: Batch, x_ND: Tensor) -> list[Tensor]:
+    return list(x_ND.split([len(rollout.response_ids) for rollout in batch.rollouts]))
+
+
+def in_double(inputs: Inputs) -> Inputs:
+    media = {k: x.double() if x.is_floating_point() else x for k, x in inputs.media.items()}
+    return dataclasses.replace(inputs, media=media)
+
+
+# ---- rendering and packing ---------------------------------------------------------------------
+
+
+def test_a_row_is_the_same_alone_and_in_a_batch(family: Family):
+    collate, vlm = family.collator(), FrozenVLM(family.model("float64"))
+    batch = collate(ROWS)
+    together = by_row(batch, vlm.targets(in_double(batch.student)).hidden_ND)
+    for sample, hidden_ND in zip(ROWS, together, strict=True):
+        alone_ND = vlm.targets(in_double(collate([sample]).student)).hidden_ND
+        torch.testing.assert_close(hidden_ND, alone_ND, atol=1e-5, rtol=1e-5)
+    # Which image is seen matters far more than that.
+    swapped = dataclasses.replace(TWO, images=[TWO.images[0], image(48, 64, 3)])
+    other_ND = vlm.targets(in_double(collate([swapped]).student)).hidden_ND
+    assert (other_ND - together[0]).abs().max() > 1e-2
+
+
+def test_a_batch_is_what_the_processor_itself_makes(family: Family):
+    rows, processor, vlm = [TWO, ONE], family.processor, FrozenVLM(family.model("float64"))
+    batch = family.collator()(rows)
+    texts = [
+        processor.apply_chat_template(row.messages, add_generation_prompt=True, tokenize=False)
+        + row.answer
+        + processor.tokenizer.eos_token
+        for row in rows
+    ]
+    own = dict(
+        processor(
+            text=texts,
+            images=[row.images for row in rows],
+            add_special_tokens=False,
+            padding=True,
+            padding_side="right",
+            return_tensors="pt",
+        )
+    )
+    ids_BS, mask_BS = own.pop("input_ids"), own.pop("attention_mask")
+    assert torch.equal(ids_BS, batch.student.input_ids_BS)
+    theirs = Inputs(ids_BS, mask_BS, batch.student.target_rows_N, own)
+    torch.testing.assert_close(
+        vlm.targets(in_double(batch.student)).hidden_ND,
+        vlm.targets(in_double(theirs)).hidden_ND,
+        atol=1e-5,
+        rtol=1e-5,
+    )
+
+
+# ---- loss --------------------------------------------------------------------------------------
+
+
+def reference(model: PreTrainedModel, teacher: FrozenVLM, batch: Batch) -> Tensor:
+    """Half CE, half forward KL, of whole logits."""
+    z_NV, t_NV = (
+        m(**batch.student.model_inputs()).logits.flatten(0, 1)[batch.student.target_rows_N]
+        for m in (model, teacher.model)
+    )
+    kl_N = (t_NV.softmax(-1) * (t_NV.log_softmax(-1) - z_NV.log_softmax(-1))).sum(-1)
+    return (cross_entropy(z_NV, batch.labels_N) + kl_N.mean()) / 2
+
+
+def test_loss_and_gradients_are_those_of_whole_logits_and_a_step_lowers_it(family: Family):
+    student = Student(family.model(), ForwardKLConfig().build(0.5))
+    batch, teacher = family.collator()(ROWS), family.teacher()
+    named = dict(student.model.named_parameters())
+
+    expected = reference(student.model, teacher, batch)
+    expected_grads = torch.autograd.grad(expected, list(named.values()), allow_unused=True)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
+    loss = student.distill(batch, teacher.targets(batch.teacher), batch.num_targets).loss
+    loss.backward()
+    torch.testing.assert_close(loss, expected.detach())
+    unread = sorted(name for name, p in named.items() if p.grad is None)
+    tower = parts(student.model)["vision_tower"][0]
+    assert unread == [f"{tower}.{name}" for name in UNREAD.get(family.name, [])]
+    for (name, parameter), grad in zip(named.items(), expected_grads, strict=True):
+        if name not in unread:
+            assert parameter.grad.any(), name
+        torch.testing.assert_close(parameter.grad, grad, atol=1e-5, rtol=1e-3)
+    optimizer.step()
+    again = student.distill(batch, teacher.targets(batch.teacher), batch.num_targets).loss
+    assert again < loss
+
+
+def test_a_blank_image_leaves_the_loss_of_text_alone(family: Family):
+    student = Student(family.model(), ForwardKLConfig().build(0.5))
+    plain, filled = (family.collator(lockstep)([NONE, NONE]) for lockstep in (False, True))
+    assert "pixel_values" not in plain.student.media
+    assert "pixel_values" in filled.student.media
+    losses = []
+    for batch in (plain, filled):
+        targets = family.teacher().targets(batch.teacher)
+        losses.append(student.distill(batch, targets, batch.num_targets).loss)
+    torch.testing.assert_close(*losses)
+    losses[1].backward()
+    tower = parts(student.model)["vision_tower"][0]
+    weight = next(student.model.get_submodule(tower).parameters())
+    assert weight.grad is not None and not weight.grad.any()
+
+
+# ---- generating --------------------------------------------------------------------------------
+
+
+def test_greedy_answers_are_the_same_alone_and_are_those_the_loss_sees(family: Family):
+    collate, vlm = family.collator(), FrozenVLM(family.model())
+    stop_ids = vlm.stop_ids(family.processor.tokenizer.eos_token_id)
+    together = cut(vlm.generate(collate.prompts(ROWS), 8, stop_ids), stop_ids)
+    for sample, (ids, finished) in zip(ROWS, together, strict=True):
+        assert cut(vlm.generate(collate.prompts([sample]), 8, stop_ids), stop_ids) == [
+            (ids, finished)
+        ]
+        batch = collate([Rollout(sample, ids, finished, 0)])
+        targets = vlm.targets(batch.student)
+        logits_NV = targets.hidden_ND @ targets.weight_VD.T
+        logits_NV[:, vlm.placeholder_ids] = -torch.inf
+        assert logits_NV.argmax(-1).tolist() == ids
+    assert len({tuple(ids) for ids, _ in together}) > 1
+
+
+def test_the_token_of_an_image_is_never_generated(family: Family):
+    vlm, collate = FrozenVLM(family.model()), family.collator()
+    prompts = collate.prompts([ONE, TWO])
+    image_id = vlm.model.config.image_token_id
+    assert (prompts.input_ids_BS == image_id).sum() >= 6
+    # A head that wants nothing but it; its embedding is read nowhere, should the two be tied.
+    last_ND = vlm.targets(dataclasses.replace(prompts, target_rows_N=torch.tensor([-1]))).hidden_ND
+    vlm.model.get_output_embeddings().weight.data[image_id] = 10 * last_ND[0]
+    assert vlm.model(**prompts.model_inputs()).logits[-1, -1].argmax() == image_id
+    assert image_id not in vlm.generate(prompts, 4, [family.processor.tokenizer.eos_token_id])
+
+
+# ---- sharding, parts and export ----------------------------------------------------------------
+
+
+def test_parts_are_disjoint_and_leave_little(family: Family):
+    model = family.model()
+    found = parts(model)
+    assert list(found) == ["vision_tower", "projector", "embeddings", "layers"]
+    names = [name for part in found.values() for name in part]
+    assert all(found.values())
+    held = [set(model.get_submodule(name).parameters()) for name in names]
+    assert all(held)
+    assert sum(map(len, held)) == len(set.union(*held))
+    assert [name.rsplit(".", 1)[1] for name in found["layers"]] == ["0", "1"]
+    assert held[names.index(found["embeddings"][0])] == {model.get_input_embeddings().weight}
+    rest = {name for name, p in model.named_parameters() if p not in set.union(*held)}
+    assert {name.rsplit(".", 2)[-2] for name in rest} <= {
+        "norm",  # of the decoder
+        "embedding_norm",
+        "lm_head",
+        "model",  # LLaVA-OneVision's image_newline, a parameter of the whole
+    }
+
+
+def test_groups_of_sharding_are_the_blocks_of_both_towers(family: Family):
+    model = family.model()
+    found = parts(model)
+    layers = [model.get_submodule(name) for name in found["layers"]]
+    tower = [m for name in found["vision_tower"] for m in model.get_submodule(name).modules()]
+    groups = blocks(model)
+    assert len(layers) == len([group for group in groups if group in tower]) == 2
+    assert set(layers) < set(groups)
+    assert len(groups) == 4
+    # A block is whole: attention and feed-forward are in it.
+    in_blocks = sum(p.numel() for group in groups for p in group.parameters())
+    towers = [model.get_encoder(modality="image"), model.get_decoder()]
+    linear = [
+        module
+        for tower in towers
+        for name, module in tower.named_modules()
+        if isinstance(module, torch.nn.Linear) and "merger" not in name and "embedding" not in name
+    ]
+    assert in_blocks >= sum(module.weight.numel() for module in linear)
+
+
+def test_sharded_it_has_the_same_loss_and_exports(family: Family, world: World, tmp_path: Path):
+    batch, teacher = family.collator()(ROWS), family.teacher()
+    targets = teacher.targets(batch.teacher)
+    student = Student(family.model(), ForwardKLConfig().build(0.5))
+    plain = student.distill(batch, targets, batch.num_targets).loss.detach()
+    student.distribute(world, ParallelConfig(device="cpu"))
+    loss = student.distill(batch, targets, batch.num_targets).loss
+    torch.testing.assert_close(loss.detach(), plain)
+    loss.backward()
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-2)
+    optimizer.step()
+
+    export(tmp_path / "export", student, student.model, family.processor, world, "float32")
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "export")
+    processor = AutoProcessor.from_pretrained(tmp_path / "export")
+    again = Collator(Renderer(processor), None, 2048, lockstep=False)(ROWS)
+    stepped = student.distill(batch, targets, batch.num_targets).loss.detach()
+    assert not torch.allclose(stepped, plain)
+    other = Student(loaded, ForwardKLConfig().build(0.5))
+    assert torch.equal(other.distill(again, targets, again.num_targets).loss.detach(), stepped)
+
+
+def test_sharded_it_runs_in_bfloat16(family: Family, world: World):
+    batch, teacher = family.collator()(ROWS), family.teacher()
+    student = Student(family.model(), ForwardKLConfig().build(0.0))
+    plain = student.distill(batch, None, batch.num_targets).loss.detach()
+    student.distribute(world, ParallelConfig(device="cpu", compute_dtype="bfloat16"))
+    teacher.distribute(world, ParallelConfig(device="cpu", compute_dtype="bfloat16"))
+    loss = student.distill(batch, None, batch.num_targets).loss
+    torch.testing.assert_close(loss.detach(), plain, atol=0.05, rtol=0.02)
+    loss.backward()
+    assert teacher.targets(batch.teacher).hidden_ND.isfinite().all()
