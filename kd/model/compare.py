@@ -40,6 +40,8 @@ def same_rendering(student: ProcessorMixin, teacher: ProcessorMixin) -> bool:
     def identity(processor: ProcessorMixin) -> tuple:
         images = processor.image_processor.to_dict()
         images.pop("image_processor_type", None)
-        return processor.chat_template, images, processor.tokenizer.get_vocab()
+        # Numbers of its own, such as how many tokens stand for an image.
+        own = {key: x for key, x in processor.to_dict().items() if not isinstance(x, dict)}
+        return processor.chat_template, images, own, processor.tokenizer.get_vocab()
 
     return type(student) is type(teacher) and identity(student) == identity(teacher)

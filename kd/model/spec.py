@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     ProcessorMixin,
+    Qwen3VLProcessor,
 )
 from transformers.initialization import no_init_weights
 
@@ -212,6 +213,12 @@ class ScratchModel(TrainedModel):
 
     def build(self, processor: ProcessorMixin, *, with_weights: bool) -> PreTrainedModel:
         """The architecture with the vocabulary and special tokens of `processor`."""
+        if not isinstance(processor, Qwen3VLProcessor):
+            raise UserError(
+                f"no model can be made from scratch for a {type(processor).__name__}, only for "
+                "that of Qwen3-VL and Qwen3.5: save a random model of another family and its "
+                "processor to a folder, and give that as a pretrained one"
+            )
         config = self.dry_config()
         tokenizer = processor.tokenizer
         text = config.get_text_config()
@@ -263,6 +270,20 @@ def _check_images(name: str, config: PreTrainedConfig) -> None:
             f"{name} ({config.model_type}) has no image part: kd needs a model that "
             "AutoModelForImageTextToText loads and that reads images"
         )
+    text = config.get_text_config()
+    values = {**text.to_dict(), **config.to_dict()}
+    if config.is_encoder_decoder or text.is_encoder_decoder:
+        problem = "is an encoder-decoder"
+    elif any(values.get(key) for key in ("cross_attention_layers", "cross_layer_interval")):
+        problem = "sees its images by cross-attention"
+    elif all(values.get(key) is None for key in ("image_token_id", "image_token_index")):
+        problem = "has no token that stands for an image"
+    else:
+        return
+    raise UserError(
+        f"{name} ({config.model_type}) {problem}: kd needs a decoder that reads the features of an "
+        "image in place of tokens, as Qwen-VL, Gemma 3, InternVL, LLaVA or SmolVLM do"
+    )
 
 
 def _first_line(error: Exception) -> str:

@@ -14,16 +14,25 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    Florence2Config,
+    GitConfig,
+    MllamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
 
 from kd.checkpoint import export
 from kd.data import Collator, Renderer
 from kd.loss import ForwardKLConfig
-from kd.model import FrozenVLM, Student, cut
+from kd.model import FrozenVLM, PretrainedModel, ScratchModel, Student, cut, same_rendering
 from kd.model.parts import parts
 from kd.parallel import ParallelConfig, World
 from kd.parallel.shard import blocks
-from kd.types import Batch, Inputs, Rollout, Sample
+from kd.types import Batch, Inputs, Rollout, Sample, UserError
 from tests.model.families import FAMILIES, write
 
 # Parameters that no forward reads: the image's features are taken before the tower's last norm.
@@ -137,6 +146,29 @@ def test_a_batch_is_what_the_processor_itself_makes(family: Family):
         atol=1e-5,
         rtol=1e-5,
     )
+
+
+def test_patches_as_many_as_tokens_are_still_an_image(tmp_path: Path):
+    write("lfm2_vl", tmp_path)
+    processor = AutoProcessor.from_pretrained(tmp_path)
+    patches = 16
+    for letters in range(patches):
+        content = [{"type": "image"}, {"type": "text", "text": "qz" * 8}]
+        content[1]["text"] = content[1]["text"][:letters]
+        sample = Sample("a", [{"role": "user", "content": content}], ONE.images, None)
+        prompt = Renderer(processor).prompt(sample)
+        if len(prompt.ids_S) == patches:
+            break
+    assert prompt.media["pixel_attention_mask"].shape == (1, len(prompt.ids_S))
+    assert not prompt.aligned_S
+
+
+def test_renderings_that_differ_in_the_processors_own_numbers_differ(tmp_path: Path):
+    write("mistral3", tmp_path)
+    one, same, other = (AutoProcessor.from_pretrained(tmp_path) for _ in range(3))
+    other.spatial_merge_size = 1
+    assert same_rendering(one, same)
+    assert not same_rendering(one, other)
 
 
 # ---- loss --------------------------------------------------------------------------------------
@@ -298,3 +330,30 @@ def test_sharded_it_runs_in_bfloat16(family: Family, world: World):
     torch.testing.assert_close(loss.detach(), plain, atol=0.05, rtol=0.02)
     loss.backward()
     assert teacher.targets(batch.teacher).hidden_ND.isfinite().all()
+
+
+# ---- refused -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("config", "problem"),
+    [
+        (Florence2Config(), "is an encoder-decoder"),
+        (MllamaConfig(), "sees its images by cross-attention"),
+        (GitConfig(), "has no token that stands for an image"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else value.model_type,
+)
+def test_models_that_read_images_otherwise_are_refused(
+    config: PreTrainedConfig, problem: str, tmp_path: Path
+):
+    config.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=problem):
+        PretrainedModel(name=str(tmp_path)).dry_config()
+
+
+def test_scratch_is_for_one_processor(tmp_path: Path):
+    write("gemma3", tmp_path)
+    processor = AutoProcessor.from_pretrained(tmp_path)
+    with pytest.raises(UserError, match="from scratch for a Gemma3Processor"):
+        ScratchModel(architecture={"model_type": "gemma3"}).build(processor, with_weights=True)
