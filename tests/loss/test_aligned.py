@@ -2,7 +2,6 @@
 
 import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +17,6 @@ from kd.loss.config import body_for
 from kd.objective import KDOutput, chunked_objective, kd_weight
 from kd.types import DenseTargets, TeacherTargets, UserError
 
-CONFIGS = Path(__file__).parents[2] / "configs" / "loss"
 TIGHT: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-12}
 VOCABS = [(19, 19), (23, 14), (14, 23)]
 LOSSES: list[AlignedLossConfig] = [
