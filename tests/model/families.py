@@ -15,8 +15,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
+    CLIPImageProcessor,
     Gemma3ImageProcessor,
     Gemma3Processor,
+    Glm4vImageProcessor,
+    Glm4vProcessor,
+    Glm4vVideoProcessor,
     GotOcr2ImageProcessor,
     Idefics3ImageProcessor,
     Idefics3Processor,
@@ -27,6 +31,7 @@ from transformers import (
     LlavaOnevisionImageProcessor,
     LlavaOnevisionProcessor,
     LlavaOnevisionVideoProcessor,
+    LlavaProcessor,
     PixtralImageProcessor,
     PixtralProcessor,
     PreTrainedConfig,
@@ -99,18 +104,20 @@ def tokenizer(specials: list[str], eos: str, pad: str, **named: Any) -> PreTrain
     )
 
 
-def template(image: str, start: str, end: str, assistant: str = "assistant", bos: str = "") -> str:
-    """A chat template that writes `image` for an image part."""
+def template(
+    image: str, start: str, end: str, assistant: str = "assistant", bos: str = "", named: str = "\n"
+) -> str:
+    """A chat template that writes `image` for an image part; a turn is start, role, `named`, …"""
     return (
         f"{bos}{{%- for message in messages -%}}"
-        f"{{{{ '{start}' + ('{assistant}' if message.role == 'assistant' else message.role) }}}}\n"
+        f"{start}{{{{ '{assistant}' if message.role == 'assistant' else message.role }}}}{named}"
         "{% if message.content is string -%}{{ message.content }}{%- else -%}"
         "{%- for part in message.content -%}"
         f"{{%- if part.type == 'image' -%}}{image}"
         "{%- elif part.type == 'text' -%}{{ part.text }}{%- endif -%}"
         "{%- endfor -%}{%- endif -%}"
         f"{end}\n{{% endfor -%}}"
-        f"{{%- if add_generation_prompt -%}}{start}{assistant}\n{{% endif -%}}"
+        f"{{%- if add_generation_prompt -%}}{start}{assistant}{named}{{% endif -%}}"
     )
 
 
@@ -394,6 +401,62 @@ def lfm2_vl() -> Built:
     )
 
 
+def llava() -> Built:
+    names = {"image_token": "<image>"}
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *names.values()]
+    words = tokenizer(specials, "<|im_end|>", "<|endoftext|>", **names)
+    processor = LlavaProcessor(
+        image_processor=CLIPImageProcessor(
+            size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
+        ),
+        tokenizer=words,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=chatml("<image>"),
+    )
+    return configure(
+        processor,
+        "llava",
+        {"model_type": "llama"},
+        vision_config={**VISION, "model_type": "clip_vision_model"},
+        image_token_index=processor.image_token_id,
+        image_seq_length=16,
+    )
+
+
+def glm4v() -> Built:
+    names = {"image_token": "<|image|>", "video_token": "<|video|>"}
+    frame = {
+        "image_start_token_id": "<|begin_of_image|>",
+        "image_end_token_id": "<|end_of_image|>",
+        "video_start_token_id": "<|begin_of_video|>",
+        "video_end_token_id": "<|end_of_video|>",
+    }
+    turns = ["<|endoftext|>", "[gMASK]", "<sop>", "<|user|>", "<|assistant|>"]
+    words = tokenizer(
+        [*turns, *names.values(), *frame.values()], "<|user|>", "<|endoftext|>", **names
+    )
+    patches = {"patch_size": 14, "merge_size": 2, "temporal_patch_size": 2}
+    pixels = {"shortest_edge": 2 * 28 * 28, "longest_edge": 2 * 96 * 96}
+    place = f"{frame['image_start_token_id']}<|image|>{frame['image_end_token_id']}"
+    processor = Glm4vProcessor(
+        image_processor=Glm4vImageProcessor(size=pixels, **patches),
+        tokenizer=words,
+        video_processor=Glm4vVideoProcessor(size=pixels, **patches),
+        chat_template=template(place, "<|", "", bos="[gMASK]<sop>", named="|>\n"),
+    )
+    return configure(
+        processor,
+        "glm4v",
+        {"rope_parameters": {**MROPE, "partial_rotary_factor": 1.0}},
+        vision_config={**QWEN_VISION, "image_size": 56, "patch_size": 14},
+        image_token_id=words.image_token_id,
+        video_token_id=words.video_token_id,
+        **{name: words.convert_tokens_to_ids(token) for name, token in frame.items()},
+    )
+
+
 FAMILIES: dict[str, Callable[[], Built]] = {
     "qwen3_5": qwen3_5_full,
     "qwen3_5_hybrid": qwen3_5_hybrid,
@@ -405,6 +468,8 @@ FAMILIES: dict[str, Callable[[], Built]] = {
     "idefics3": idefics3,
     "smolvlm": smolvlm,
     "mistral3": mistral3,
+    "llava": llava,
+    "glm4v": glm4v,
     "lfm2_vl": lfm2_vl,
 }
 
