@@ -213,7 +213,7 @@ def validate(config: VlmKDConfig) -> None:
         raise UserError(
             "the rollouts are to be a teacher's, but there is none: choose one with teacher=…"
         )
-    if config.rollout.student_share == 1 and config.kd_ratio < 1:
+    if config.rollout.least_student_share == 1 and config.kd_ratio < 1:
         raise UserError(
             f"kd_ratio={config.kd_ratio} asks for cross-entropy, but the student's own samples "
             "have no reference answer: set kd_ratio=1, or mix in others by rollout=mixed"
@@ -223,6 +223,17 @@ def validate(config: VlmKDConfig) -> None:
             "kd_ratio=0 leaves nothing to learn from the student's own samples: raise it, or "
             "choose rollout=dataset"
         )
+    if isinstance(config.data, ConversationsConfig) and not config.data.require_answer:
+        if config.rollout.reads_answers:
+            raise UserError(
+                "data.require_answer=false allows rows without an answer, but this rollout option "
+                "learns the data set's answers: choose rollout=student or rollout=teacher"
+            )
+        if config.train.val_every is not None and not config.data.has_own_validation:
+            raise UserError(
+                "data.require_answer=false leaves nothing to validate by: give rows with answers "
+                "in data.validation_path (or validation_split), or set train.val_every=null"
+            )
     if config.student.dtype != "float32":
         raise UserError(
             f"student.dtype={config.student.dtype}: the trained weights are kept in float32 (small "

@@ -21,6 +21,10 @@ class UserError(ValueError):
     """A mistake its user can mend: shown as one or two plain lines, exit code 2."""
 
 
+class AgreedError(UserError):
+    """One that all ranks know of and end by: nobody waits to be told."""
+
+
 @dataclass
 class Sample:
     """One row: a conversation up to the turn to be learnt, its images, and the reference answer.

@@ -31,12 +31,13 @@ class Validator:
         collator: Collator,
         tokenizer: PreTrainedTokenizerBase,
         stop_ids: list[int],
+        forbidden_ids: list[int],
         config: ValidationConfig,
         on_broken_row: str,
         world: World,
     ) -> None:
         self.batches, self.collator, self.tokenizer = batches, collator, tokenizer
-        self.stop_ids = stop_ids
+        self.stop_ids, self.forbidden_ids = stop_ids, forbidden_ids
         self.config, self.on_broken_row, self.world = config, on_broken_row, world
         self.teacher_answers: dict[str, str] = {}
 
@@ -113,7 +114,7 @@ class Validator:
     ) -> tuple[list[str], int]:
         is_teacher = not isinstance(model, Student)
         prompts = self.collator.prompts(batch.samples, teacher=is_teacher).to(self.world.device)
-        ids = model.generate(prompts, self.config.max_new_tokens, self.stop_ids)
+        ids = model.generate(prompts, self.config.max_new_tokens, self.stop_ids, self.forbidden_ids)
         if ids is None:
             return [], 0
         rows = cut(ids[: len(batch.samples)], self.stop_ids)  # a filler row may follow

@@ -29,7 +29,7 @@ from kd.plan import print_plan
 from kd.rollout import Parts, Policy
 from kd.rundir import RunDir
 from kd.teacher import NoTeacher
-from kd.types import Batch, Inputs, Sample, Source, UserError
+from kd.types import AgreedError, Batch, Inputs, Sample, Source, UserError
 from kd.validation import Validator
 from kd.watch import rollout_records
 
@@ -118,7 +118,7 @@ class VlmKD:
             renderer.processor,
             prompts,
             vlm.stop_ids(renderer.eos_token_id),
-            vlm.placeholder_ids,
+            vlm.forbidden_ids(len(renderer.processor.tokenizer)),
             self.world,
             self.cfg.data.max_length,
             renderer.chat_template_kwargs,
@@ -134,6 +134,7 @@ class VlmKD:
             collator,
             self.processor.tokenizer,
             self.student.stop_ids(collator.student.eos_token_id),
+            self.student.forbidden_ids(len(self.processor.tokenizer)),
             cfg.validation,
             cfg.data.on_broken_row,
             self.world,
@@ -231,6 +232,8 @@ class VlmKD:
         """The micro-batches of this rank, or what is wrong with a row, for all ranks to end by."""
         try:
             return self.source.take(self.cfg.train.grad_accum), None
+        except AgreedError:  # told by all ranks already
+            raise
         except UserError as error:
             return [], str(error)
 

@@ -108,7 +108,7 @@ def policy(args: argparse.Namespace) -> Iterator[Policy]:
     vlm.distribute(world, settings)
     length = DigitsConfig().max_length
     prompts = Collator(Renderer(processor), None, length, lockstep=False).prompts
-    never = vlm.placeholder_ids
+    never = vlm.forbidden_ids(len(processor.tokenizer))
     with tempfile.TemporaryDirectory() as folder:
         yield Policy(vlm, processor, prompts, never[:1], never, world, length, folder=Path(folder))
     world.close()

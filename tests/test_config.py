@@ -154,6 +154,14 @@ ACROSS_GROUPS = [
     mistake("teacher=none", r"kd_ratio=0\.5 needs a teacher: .*teacher=…, or kd_ratio=0"),
     mistake("rollout=student", r"kd_ratio=0\.5 asks for cross-entropy.*set kd_ratio=1, or .*mixed"),
     mistake("rollout=mixed rollout.lmbda=1", r"kd_ratio=0\.5 asks for cross-entropy"),
+    mistake(
+        "data=conversations data.path=x data.require_answer=false",
+        r"data\.require_answer=false .*learns the data set's answers: choose rollout=student",
+    ),
+    mistake(
+        "data=conversations data.path=x data.require_answer=false rollout=student kd_ratio=1",
+        r"nothing to validate by: give .*data\.validation_path .*train\.val_every=null",
+    ),
     mistake("rollout=mixed kd_ratio=0", r"kd_ratio=0 leaves nothing to learn"),
     mistake("rollout=teacher kd_ratio=0 teacher=none", r"to be a teacher's, but there is none"),
     mistake(

@@ -78,14 +78,18 @@ class Collator:
         rollouts = [row.rollout for row in kept]
         return Batch(student, teacher, labels_BS, labels_N, rollouts, rejected)
 
-    def prompts(self, samples: list[Sample], *, teacher: bool = False) -> Inputs:
+    def prompts(
+        self, samples: list[Sample], *, teacher: bool = False, filler: bool = True
+    ) -> Inputs:
         """Prompts in the student's or the teacher's rendering, left-padded, without targets.
 
-        A filler row may come last, as in a batch. Raises RowError for a row that `screen` refuses.
+        A filler row may come last, as in a batch, unless `filler` is False, for forwards that are
+        no collective. Raises RowError for a row that `screen` refuses.
         """
         which = -1 if teacher else 0
         prompts = [self._prompts(sample)[which] for sample in samples]
-        prompts += [row.prompts[which] for row in self._filler(samples)]
+        if filler:
+            prompts += [row.prompts[which] for row in self._filler(samples)]
         return _pack_left(prompts, self.renderers[which].pad_token_id)
 
     def render(self, rows: list[Sample | Rejected]) -> list[Sample | Rejected]:
@@ -102,17 +106,19 @@ class Collator:
         return RenderedSample(row.id, row.messages, row.images, row.answer, row.kind, prompts)
 
     def screen(
-        self, rows: list[Sample | Rejected], response_tokens: int
+        self, rows: list[Sample | Rejected], response_tokens: int | None
     ) -> tuple[list[Sample], list[Rejected]]:
-        """Sort out, before generating, what has no room for `response_tokens` or cannot be read."""
+        """Sort out what cannot be read, or has no room for `response_tokens` (None: its answer)."""
         usable: list[Sample] = []
         rejected: list[Rejected] = []
         for row in self.render(rows):
-            problem = row
-            if isinstance(row, Sample):
-                problem = self._too_long(row, self._prompts(row), response_tokens)
-            if isinstance(problem, Rejected):
-                rejected.append(problem)
+            found = row
+            if isinstance(row, Sample) and response_tokens is None:
+                found = self._row(row)
+            elif isinstance(row, Sample) and response_tokens is not None:
+                found = self._too_long(row, self._prompts(row), response_tokens)
+            if isinstance(found, Rejected):
+                rejected.append(found)
             elif isinstance(row, Sample):
                 usable.append(row)
         return usable, rejected

@@ -63,7 +63,7 @@ class ConversationsConfig(DataConfig):
         """Rows of split `train` or `validation`; UserError where the data is not there."""
         self.validate()
         assert split in SPLITS, split
-        if not self._separate_validation:
+        if not self.has_own_validation:
             return self._held_out(split)
         if split == "train":
             table = self._open(self.path, self.split)
@@ -78,7 +78,8 @@ class ConversationsConfig(DataConfig):
         return parse_conversation(messages, images, require_answer=self.require_answer)
 
     @property
-    def _separate_validation(self) -> bool:
+    def has_own_validation(self) -> bool:
+        """Whether the validation rows are others than those held out of `path`."""
         return self.validation_path is not None or self.validation_split is not None
 
     def _held_out(self, split: str) -> TableRows:

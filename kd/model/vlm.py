@@ -60,13 +60,16 @@ class VLM(nn.Module):
         own = [] if own is None else [own] if isinstance(own, int) else own
         return [eos_token_id, *(token for token in own if token != eos_token_id)]
 
-    @property
-    def placeholder_ids(self) -> list[int]:
-        """Tokens that stand for an image's features or frame them: a response can hold none."""
+    def forbidden_ids(self, num_tokens: int) -> list[int]:
+        """What a response can never hold: tokens that stand for an image's features or frame them,
+        and entries of the head beyond the tokenizer's `num_tokens`, which pad it.
+        """
         media = ("image", "video", "audio", "vision_start", "vision_end", "boi", "eoi")
         names = (f"{medium}_token_{end}" for medium in media for end in ("id", "index"))
         found = {self.model.config.to_dict().get(name) for name in names}
-        return sorted(token for token in found if token is not None)
+        vocab = self.model.get_output_embeddings().out_features
+        special = {token for token in found if token is not None and token < vocab}
+        return sorted(special | set(range(num_tokens, vocab)))
 
     @torch.no_grad()
     def generate(
@@ -74,11 +77,12 @@ class VLM(nn.Module):
         prompts: Inputs,
         max_new_tokens: int,
         stop_ids: list[int],
+        forbidden_ids: list[int],
         draw: LogitsProcessor | None = None,
     ) -> Tensor:
         """Responses [B, up to max_new_tokens] to left-padded prompts; `cut` ends them.
 
-        Greedy, or the token that `draw` leaves the highest score; never one of `placeholder_ids`.
+        Greedy, or the token that `draw` leaves the highest score; never one of `forbidden_ids`.
         """
         plain = GenerationConfig(
             max_new_tokens=max_new_tokens,
@@ -87,9 +91,8 @@ class VLM(nn.Module):
             eos_token_id=stop_ids,
             pad_token_id=stop_ids[0],
         )
-        forbidden = torch.tensor(
-            self.placeholder_ids, device=prompts.input_ids_BS.device, dtype=torch.int64
-        )
+        device = prompts.input_ids_BS.device
+        forbidden = torch.tensor(forbidden_ids, device=device, dtype=torch.int64)
         # The model's own settings (penalties, suppressed tokens) are merged in where they stand.
         own, self.model.generation_config = self.model.generation_config, plain
         try:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from kd.types import UserError
+from kd.types import AgreedError, UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 T = TypeVar("T")
@@ -165,7 +165,7 @@ class World:
         if not problems:
             return
         if self.is_main:
-            raise UserError(problems[0])
+            raise AgreedError(problems[0])
         with contextlib.suppress(RuntimeError):
             self.sum_ints(0)  # until rank 0 has spoken and gone: a launcher kills who is left
         raise SystemExit(2)

@@ -31,6 +31,16 @@ class RolloutConfig:
         return 0.0
 
     @property
+    def least_student_share(self) -> float:
+        """The smallest; it may change over the steps."""
+        return self.student_share
+
+    @property
+    def reads_answers(self) -> bool:
+        """Whether answers of the data set are learnt."""
+        return False
+
+    @property
     def teacher_responds(self) -> bool:
         """Whether the teacher generates."""
         return False
@@ -43,6 +53,11 @@ class RolloutConfig:
 @dataclass
 class DatasetRollout(RolloutConfig):
     """Off-policy: the data set's own answers."""
+
+    @property
+    def reads_answers(self) -> bool:
+        """See the base class."""
+        return True
 
     def build(self, parts: Parts) -> DatasetSource:
         """See the base class."""
@@ -161,6 +176,16 @@ class MixedRollout(GeneratedRollout):
     def student_share(self) -> float:
         """See the base class."""
         return max(self.lmbda, self.lmbda_end or 0.0)
+
+    @property
+    def least_student_share(self) -> float:
+        """See the base class."""
+        return self.lmbda if self.lmbda_end is None else min(self.lmbda, self.lmbda_end)
+
+    @property
+    def reads_answers(self) -> bool:
+        """See the base class."""
+        return self.off_policy == "dataset" and self.least_student_share < 1
 
     @property
     def teacher_responds(self) -> bool:

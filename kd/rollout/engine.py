@@ -45,12 +45,13 @@ class Policy:
 
     vlm: VLM
     processor: ProcessorMixin
-    prompts: Callable[[list[Sample]], Inputs]
-    """Renders samples as left-padded inputs (CPU); a filler row may come last."""
+    prompts: Callable[..., Inputs]
+    """`(samples, filler=True)` -> left-padded inputs (CPU); a filler row may come last, for ranks
+    whose forwards are collectives."""
     stop_ids: list[int]
     """Any of them ends a response; the first is the EOS of reference answers."""
     forbidden_ids: list[int]
-    """Tokens that are never sampled: placeholders of images, which a response cannot have."""
+    """Tokens that are never sampled: placeholders of images, and entries that pad the head."""
     world: World
     max_length: int
     """Tokens of prompt + response, at most."""

@@ -30,6 +30,15 @@ class Generator:
     """Whether its weights change, and are to be synchronised."""
 
 
+@dataclass
+class Window:
+    """Groups with their responses, and what these took on this rank."""
+
+    groups: list[Group]
+    tokens: int = 0
+    seconds: float = 0.0
+
+
 class GeneratedSource:
     """Reads a window of prompts, has it responded to in one call, and hands out its slices.
 
@@ -55,7 +64,7 @@ class GeneratedSource:
         """Groups read so far, over all ranks."""
         self.pending: list[Group] = []
         """Of this window, what is not handed out yet (this rank's)."""
-        self.next: Future[list[Group]] | None = None
+        self.next: Future[Window] | None = None
         """The window after it, under way or done."""
         self.ahead = ahead
 
@@ -99,26 +108,31 @@ class GeneratedSource:
         if self.next is None:
             groups = self._read()
             self._sync(groups)
-            self.next = _done(self._responded(groups))
-        return self._finish_next()
+            self.next = Future()
+            _settle(self.next, lambda: self._respond(groups))
+        window = self._finish_next()
+        self.next = None
+        self.stats.generated(window.tokens, window.seconds)
+        return window.groups
 
-    def _finish_next(self) -> list[Group]:
+    def _finish_next(self) -> Window:
+        """Wait for the window under way; what goes wrong on one rank is told on all."""
         assert self.next is not None
-        groups, problem = [], None
+        window, problem = Window([]), None
         try:
-            groups = self.next.result()
+            window = self.next.result()
         except UserError as error:
             problem = str(error)
         self.parts.world.agree(problem)
-        self.next = None
-        return groups
+        return window
 
     def _read(self) -> list[Group]:
         """The prompts of a window, before anyone has responded to them."""
-        policies = self.mix.draw(self.step, self.partition.slices)
+        # The step that the window begins at, which may be ahead of the step that asks for it.
+        step = self.num_groups // (self.parts.world.size * self.partition.groups)
         groups, problem = [], None
         try:
-            for policy in policies:
+            for policy in self.mix.draw(step, self.partition.slices):
                 groups += self._read_slice(policy)
         except UserError as error:
             problem = str(error)
@@ -147,7 +161,7 @@ class GeneratedSource:
         ]
 
     def _usable(self, rows: list[Sample | Rejected], policy: str) -> list[Any]:
-        room = self.generators[policy].sampling.max_new_tokens if policy != "dataset" else 0
+        room = None if policy == "dataset" else self.generators[policy].sampling.max_new_tokens
         usable, rejected = self.parts.collate.screen(rows, room)
         self.rejections.note_read(len(usable), rejected, self.stream.num_rows)
         return usable
@@ -158,17 +172,7 @@ class GeneratedSource:
             if generator.is_trained and any(group.policy == name for group in groups):
                 generator.engine.sync(self.step)
 
-    def _responded(self, groups: list[Group]) -> list[Group]:
-        """`_respond`, with what goes wrong on one rank told on all."""
-        problem = None
-        try:
-            groups = self._respond(groups)
-        except UserError as error:
-            problem = str(error)
-        self.parts.world.agree(problem)
-        return groups
-
-    def _respond(self, groups: list[Group]) -> list[Group]:
+    def _respond(self, groups: list[Group]) -> Window:
         """One call of each engine for all prompts of this rank's window."""
         started = time.perf_counter()
         for name, generator in self.generators.items():
@@ -186,8 +190,8 @@ class GeneratedSource:
                 own = rollouts[i * generator.n : (i + 1) * generator.n]
                 group.rows = [replace(rollout, policy=name) for rollout in own]
         rows = [row for group in groups for row in group.rows if isinstance(row, Rollout)]
-        self.stats.generated(rows, time.perf_counter() - started)
-        return groups
+        tokens = sum(len(rollout.response_ids) for rollout in rows)
+        return Window(groups, tokens, time.perf_counter() - started)
 
     def _seed(self, group: Group) -> int:
         sequence = np.random.SeedSequence([self.mix.seed, group.slots[0]])
@@ -200,7 +204,7 @@ class GeneratedSource:
         batches = []
         for start in range(0, len(rows), size):
             batch = self.parts.collate([r for r in rows[start : start + size] if r is not None])
-            self.rejections.note(batch.rejected)
+            assert not batch.rejected, "screened before"
             batches.append(batch)
         return batches
 
@@ -210,10 +214,7 @@ class GeneratedSource:
         """Everything over all ranks, the windows under way included. Collective."""
         counters = self.rejections.counters
         sums = self.parts.world.sum_ints(*counters.values())
-        following = None
-        if self.next is not None:
-            following = self._finish_next()
-            self.next = _done(following)
+        following = None if self.next is None else self._finish_next().groups
         return {
             "position": self.stream.position,
             "step": self.step,
@@ -231,8 +232,15 @@ class GeneratedSource:
         for name in self.rejections.counters:
             self.rejections.counters[name] = state[name] if self.parts.world.is_main else 0
         self.stats.load_state_dict(state["stats"])
-        self.pending = self._unpack(state["pending"])
-        self.next = None if state["next"] is None else _done(self._unpack(state["next"]))
+        problem = None
+        try:
+            self.pending = self._unpack(state["pending"])
+            if state["next"] is not None:
+                self.next = Future()
+                self.next.set_result(Window(self._unpack(state["next"])))
+        except UserError as error:
+            problem = str(error)
+        self.parts.world.agree(problem)
 
     def _pack(self, groups: list[Group]) -> list[dict[str, Any]]:
         ranks = self.parts.world.gather([pack_group(group) for group in groups])
@@ -252,25 +260,26 @@ class GeneratedSource:
 
     def _reread(self, packed: dict[str, Any]) -> Group:
         # What is rejected now was rejected, and counted, before.
-        usable, _ = self.parts.collate.screen(self.stream.at(packed["slots"]), 0)
+        room = None if packed["policy"] == "dataset" else 0
+        usable, rejected = self.parts.collate.screen(self.stream.at(packed["slots"]), room)
+        if packed["responses"] and rejected:
+            raise UserError(
+                f"Row {rejected[0].id} has responses in the checkpoint but cannot be read any "
+                f"more: {rejected[0].reason}. Mend it, or start anew under another run.name"
+            )
         return unpack_group(packed, usable)
 
 
-def _in_thread(work: Callable[[], list[Group]]) -> Future[list[Group]]:
-    future: Future[list[Group]] = Future()
+def _settle(future: Future[Window], work: Callable[[], Window]) -> None:
+    """Do the work; its error is for whoever asks for the result."""
+    try:
+        future.set_result(work())
+    except BaseException as error:
+        future.set_exception(error)
 
-    def run() -> None:
-        try:
-            future.set_result(work())
-        except BaseException as error:  # for whoever asks for the result
-            future.set_exception(error)
 
+def _in_thread(work: Callable[[], Window]) -> Future[Window]:
+    future: Future[Window] = Future()
     # A daemon, unlike those of an executor: a run that ends does not wait for its last window.
-    threading.Thread(target=run, name="rollout", daemon=True).start()
-    return future
-
-
-def _done(groups: list[Group]) -> Future[list[Group]]:
-    future: Future[list[Group]] = Future()
-    future.set_result(groups)
+    threading.Thread(target=_settle, args=(future, work), name="rollout", daemon=True).start()
     return future

@@ -78,7 +78,7 @@ class HFEngine:
     def _batches(self, prompts: list[Sample], n: int, max_new_tokens: int) -> list[list[int]]:
         """Numbers of rollouts, longest first; those of a batch pad to the budget at most."""
         lengths = [
-            int(self.policy.prompts([sample]).attention_mask_BS[0].sum()) for sample in prompts
+            self.policy.prompts([sample], filler=False).input_ids_BS.shape[1] for sample in prompts
         ]
         order = sorted(range(len(prompts) * n), key=lambda i: -lengths[i // n])
         batches: list[list[int]] = []
@@ -95,12 +95,13 @@ class HFEngine:
         self, samples: list[Sample], uniforms_BT: torch.Tensor, sampling: Sampling
     ) -> list[tuple[list[int], bool]]:
         policy = self.policy
-        prompts = policy.prompts(samples).to(policy.world.device)
-        num_rows, prompt_tokens = prompts.input_ids_BS.shape
+        prompts = policy.prompts(samples, filler=not self.config.gather)
+        prompts = prompts.to(policy.world.device)
         draw = None
         if sampling.temperature > 0:
-            filler = uniforms_BT.new_zeros(num_rows - len(samples), sampling.max_new_tokens)
-            numbers = torch.cat([uniforms_BT, filler])
-            draw = Draw(sampling, numbers.to(policy.world.device), prompt_tokens)
-        ids = policy.vlm.generate(prompts, sampling.max_new_tokens, policy.stop_ids, draw)
+            u_BT = uniforms_BT.to(policy.world.device)
+            draw = Draw(sampling, u_BT, prompts.input_ids_BS.shape[1], policy.stop_ids[0])
+        ids = policy.vlm.generate(
+            prompts, sampling.max_new_tokens, policy.stop_ids, policy.forbidden_ids, draw
+        )
         return cut(ids[: len(samples)], policy.stop_ids)

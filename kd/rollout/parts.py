@@ -47,9 +47,9 @@ class Collate(Protocol):
         ...
 
     def screen(
-        self, rows: list[Sample | Rejected], response_tokens: int
+        self, rows: list[Sample | Rejected], response_tokens: int | None
     ) -> tuple[list[Sample], list[Rejected]]:
-        """Rows with room for a response, and those without."""
+        """Rows with room for a response (None: for their own answer), and those without."""
         ...
 
 

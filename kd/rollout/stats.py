@@ -49,9 +49,9 @@ class RolloutStats:
             "staleness": sum(step - rollout.policy_step for rollout in own),
         }
 
-    def generated(self, rollouts: list[Rollout], seconds: float) -> None:
-        """A window of this rank, and the time it took."""
-        self._made = sum(len(rollout.response_ids) for rollout in rollouts), round(seconds * 1e6)
+    def generated(self, tokens: int, seconds: float) -> None:
+        """A window of this rank, which the next `metrics` tell of."""
+        self._made = tokens, round(seconds * 1e6)
 
     def metrics(self) -> dict[str, float]:
         """`rollout/…` of the step over all ranks. Collective."""
@@ -62,7 +62,8 @@ class RolloutStats:
             "rollout/empty": c["empty"],
             "train/rollout_s": self.waited_s,
         }
-        if microseconds:
+        self._made = (0, 0)
+        if tokens:
             metrics["rollout/tokens_per_s"] = tokens / (microseconds / self.world.size / 1e6)
         if c["own"]:
             metrics["rollout/staleness"] = c["staleness"] / c["own"]

@@ -76,7 +76,9 @@ class NoTeacher:
     def targets(self, batch: Batch) -> None:
         """No targets."""
 
-    def generate(self, prompts: Inputs, max_new_tokens: int, stop_ids: list[int]) -> None:
+    def generate(
+        self, prompts: Inputs, max_new_tokens: int, stop_ids: list[int], forbidden_ids: list[int]
+    ) -> None:
         """No answers."""
 
 
@@ -90,6 +92,8 @@ class LocalTeacher:
         """Hidden states [N, D] of the target rows, and the head."""
         return self.vlm.targets(batch.teacher)
 
-    def generate(self, prompts: Inputs, max_new_tokens: int, stop_ids: list[int]) -> Tensor:
+    def generate(
+        self, prompts: Inputs, max_new_tokens: int, stop_ids: list[int], forbidden_ids: list[int]
+    ) -> Tensor:
         """Greedy answers [B, up to max_new_tokens]."""
-        return self.vlm.generate(prompts, max_new_tokens, stop_ids)
+        return self.vlm.generate(prompts, max_new_tokens, stop_ids, forbidden_ids)

@@ -174,12 +174,21 @@ def test_a_mix_on_ranks(train, rows, tmp_path):
         assert all(0 < loss < 100 for loss in metrics(run, "train/loss").values())
 
 
-def test_a_mistake_on_ranks_ends_with_plain_words(tmp_path, rows):
+ROLLOUTS = ["rollout=student", "kd_ratio=1", "rollout.sampling.max_new_tokens=5"]
+
+
+@pytest.mark.parametrize("rollout", ["dataset", "student"])
+def test_a_mistake_on_ranks_ends_with_plain_words(tmp_path, rows, rollout, train):
     rows.write_text(rows.read_text().replace("5_0.png", "missing.png"))
     command = [sys.executable, "-m", "kd.run", "--config-name", CONFIG, "run.name=bad"]
-    alone = ["teacher=none", "kd_ratio=0", "parallel.nproc=2", "train.micro_batch_size=2"]
+    base = [*options(tmp_path, rows), "parallel.nproc=2", "train.micro_batch_size=2"]
+    how = ["teacher=none", "kd_ratio=0"]
+    if rollout == "student":
+        alone = ["student=digits_small", "train.max_steps=1"]
+        teacher = train("digits_teacher", "teacher", *alone)
+        how = ["teacher=local", f"teacher.name={teacher / 'export'}", *ROLLOUTS]
     done = subprocess.run(
-        [*command, *options(tmp_path, rows), *alone],
+        [*command, *base, *how],
         env=subprocess_env(),
         capture_output=True,
         text=True,

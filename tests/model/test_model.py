@@ -158,10 +158,10 @@ def test_greedy_answers_do_not_depend_on_the_models_generation_settings(processo
     prompts = Collator(Renderer(processor), None, 256, lockstep=False).prompts(
         batch(processor).samples
     )
-    plain = student.generate(prompts, 8, [processor.tokenizer.eos_token_id])
+    plain = student.generate(prompts, 8, [processor.tokenizer.eos_token_id], [])
     model.generation_config.suppress_tokens = plain.unique().tolist()
     model.generation_config.repetition_penalty = 9.0
-    again = student.generate(prompts, 8, [processor.tokenizer.eos_token_id])
+    again = student.generate(prompts, 8, [processor.tokenizer.eos_token_id], [])
     assert torch.equal(plain, again)
     assert model.generation_config.repetition_penalty == 9.0
 
@@ -244,7 +244,7 @@ def test_answers_end_at_eos_and_come_back_left_padded(processor):
     student = Student(model, ForwardKLConfig().build(0.0))
     collator = Collator(Renderer(processor), None, 256, lockstep=False)
     rows = batch(processor).samples
-    ids = student.generate(collator.prompts(rows), 5, [processor.tokenizer.eos_token_id])
+    ids = student.generate(collator.prompts(rows), 5, [processor.tokenizer.eos_token_id], [])
     assert ids.shape[0] == 2
     assert 1 <= ids.shape[1] <= 5
     assert AutoModelForImageTextToText._model_mapping[type(model.config)] is type(model)

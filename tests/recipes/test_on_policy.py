@@ -90,6 +90,31 @@ def test_sequence_level_distillation_needs_no_kd(train, teacher):
     assert first["loss"] == pytest.approx(0.5 * first["ce"] + 0.5 * first["kd"])
 
 
+def responses(run: Path) -> list[list[str]]:
+    lines = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    return [line["tokens"] for line in lines if line["type"] == "rollout"]
+
+
+def test_a_teacher_that_reads_larger_images_responds_to_those(train, teacher):
+    """It samples what the same weights do as a student that reads images of that size.
+
+    Hot and long, so that a small difference of the distributions meets some token.
+    """
+    sizes = {"min_pixels": 9216, "max_pixels": 65536}
+    base = [f"teacher.name={teacher}", "train.max_steps=1", "optim.warmup_steps=0"]
+    base += ["train.val_every=1", "kd_ratio=1", "train.micro_batch_size=24"]
+    base += ["rollout.sampling.temperature=3", "rollout.sampling.max_new_tokens=24"]
+    larger = [f"teacher.processor.{name}={size}" for name, size in sizes.items()]
+    small = train("digits_kd", "small_images", *base, "rollout=teacher")
+    large = train("digits_kd", "large_images", *base, "rollout=teacher", *larger)
+    assert responses(large) != responses(small)
+    as_student = ["rollout=student", "student=pretrained", f"student.name={teacher}"]
+    as_student += [f"student.processor.{name}={size}" for name, size in sizes.items()]
+    own = train("digits_kd", "own_images", *base, *larger, *as_student)
+    assert responses(own) == responses(large)
+    assert metrics(own, "train/kd")[1] == pytest.approx(0, abs=1e-6)
+
+
 def test_a_mix_learns_labels_from_reference_rows_alone(train, teacher):
     """All slices off-policy: the very numbers of rollout=dataset."""
     options = [f"teacher.name={teacher}", "data.shuffle=true"]
@@ -130,8 +155,36 @@ def test_prompts_without_room_are_counted(train, teacher):
     run = train("digits_kd", "short", *options, "data.max_length=45")
     dropped = metrics(run, "data/dropped_too_long")
     assert 0 < dropped[6] < 48
-    for step, rows in metrics(run, "rollout/length_mean").items():
-        assert math.isfinite(rows) and metrics(run, "train/num_targets")[step] <= 48
+    responses = {
+        step: metrics(run, "train/num_targets")[step] / length
+        for step, length in metrics(run, "rollout/length_mean").items()
+    }
+    assert sum(responses.values()) == pytest.approx(48 - dropped[6]), "no response is thrown away"
+
+
+def test_a_mix_without_a_usable_answer_ends_with_plain_words(train, teacher, tmp_path, capsys):
+    """All slices off-policy, all answers too long: nothing would be trained on."""
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"{i}?"},
+                {"role": "assistant", "content": "odd " * 90},
+            ]
+        }
+        for i in range(8)
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    options = [
+        *("student=pretrained", f"student.name={teacher}", "parallel=fsdp"),
+        *("teacher=local", f"teacher.name={teacher}"),
+        *("data=conversations", f"data.path={tmp_path / 'rows.jsonl'}", "data.num_workers=0"),
+        *("data.val_samples=null", "data.val_fraction=0", "data.max_length=60"),
+        *("train.global_batch_size=null", "parallel.cpu_threads=1", SHORT),
+    ]
+    with pytest.raises(SystemExit) as exit_:
+        train("qwen_vl_kd", "nothing", *options, "rollout=mixed", "rollout.lmbda=0")
+    assert exit_.value.code == 2
+    assert "a whole epoch, could be used" in capsys.readouterr().err
 
 
 def test_an_epoch_of_prompts_without_room_ends_with_plain_words(train, teacher, capsys):

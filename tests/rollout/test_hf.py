@@ -39,14 +39,15 @@ def policy():
     world = ParallelConfig(device="cpu", cpu_threads=1).build()
     processor = build_processor(all_texts())
     model = ScratchModel(architecture=ARCHITECTURE, seed=1).build(processor, with_weights=True)
-    with torch.no_grad():  # a random head is nearly uniform: sharpened, tokens differ by prompt
+    with torch.no_grad():  # nearly uniform else, and alike for every prompt
         for p in model.parameters():
-            p.mul_(2 if p.ndim > 1 else 1)
+            p.mul_(6 if p.ndim > 1 else 1)
     vlm = Student(model, ReverseKLConfig().build(1.0))
     vlm.distribute(world, ParallelConfig(compute_dtype="float64"))
     collator = Collator(Renderer(processor), None, 512, lockstep=False)
     stop = vlm.stop_ids(processor.tokenizer.eos_token_id)
-    yield Policy(vlm, processor, collator.prompts, stop, vlm.placeholder_ids, world, 512)
+    never = vlm.forbidden_ids(len(processor.tokenizer))
+    yield Policy(vlm, processor, collator.prompts, stop, never, world, 512)
     world.close()
 
 
@@ -94,7 +95,48 @@ def test_greedy_is_the_model_s_own(policy):
             suppress_tokens=policy.forbidden_ids,
         )
     length = prompts.input_ids_BS.shape[1]
+    assert len({tuple(response) for response in ids(found)}) == len(ROWS), "not degenerate"
     assert ids(found) == [x for x, _ in cut(expected[:, length:], policy.stop_ids)]
+
+
+def test_what_is_generated_is_what_training_finds_likeliest(policy):
+    """Left-padded and cached against right-padded and whole: the same logits."""
+    found = engine(policy).generate(ROWS, 1, Sampling(temperature=0, max_new_tokens=8), SEEDS)
+    batch = Collator(Renderer(policy.processor), None, 512, lockstep=False)(found)
+    with policy.vlm.gathered(), torch.no_grad():
+        logits = policy.vlm.model(**batch.student.model_inputs()).logits.flatten(0, 1)
+    logits_NV = logits[batch.student.target_rows_N]
+    logits_NV[:, policy.forbidden_ids] = -torch.inf
+    assert logits_NV.argmax(-1).tolist() == [token for response in ids(found) for token in response]
+
+
+def test_long_prompts_come_first_and_batches_keep_to_the_budget(policy):
+    lengths = [policy.prompts([row]).input_ids_BS.shape[1] for row in ROWS]
+    assert lengths != sorted(lengths, reverse=True)
+    batches = engine(policy, token_budget=260)._batches(ROWS, 2, 10)
+    order = [lengths[i // 2] for batch in batches for i in batch]
+    assert order == sorted(order, reverse=True)
+    assert sorted(i for batch in batches for i in batch) == list(range(8))
+    for batch in batches:
+        longest = max(lengths[i // 2] for i in batch)
+        assert len(batch) == 1 or len(batch) * (longest + 10) <= 260
+    assert len(batches) > 1
+
+
+def test_a_head_padded_beyond_the_tokenizer_never_speaks(policy):
+    unused = policy.vlm.forbidden_ids(100)
+    vocab = policy.vlm.model.config.get_text_config().vocab_size
+    assert set(range(100, vocab)) < set(unused)
+    never = dataclasses.replace(policy, forbidden_ids=unused)
+    found = engine(never).generate(ROWS, 2, Sampling(max_new_tokens=12), SEEDS)
+    assert max(token for response in ids(found) for token in response) < 100
+
+
+def test_a_filler_row_ends_at_once():
+    scores_BV = torch.zeros(3, 10)
+    draw = Draw(Sampling(), uniforms([1, 2], 1, 4), 5, 7)
+    picked = draw(torch.zeros(3, 6, dtype=torch.int64), scores_BV)
+    assert picked[2].argmax() == 7 and picked[2].isfinite().sum() == 1
 
 
 def test_any_stop_id_ends_a_response_and_stays_in_it(policy):
@@ -128,7 +170,7 @@ def drawn(logits: list[float], sampling: Sampling, draws: int = 20000) -> dict[i
     """How often each token is drawn."""
     scores_BV = torch.tensor(logits).expand(draws, -1)
     u_BT = uniforms(list(range(draws)), 1, 1)
-    picked = Draw(sampling, u_BT, 0)(torch.empty(draws, 0, dtype=torch.int64), scores_BV)
+    picked = Draw(sampling, u_BT, 0, 9)(torch.empty(draws, 0, dtype=torch.int64), scores_BV)
     assert torch.equal(picked.isfinite().sum(-1), torch.ones(draws, dtype=torch.int64))
     return {
         k: n / draws for k, n in sorted(collections.Counter(picked.argmax(-1).tolist()).items())

@@ -159,7 +159,7 @@ def make_policy(world: World, processor: ProcessorMixin, tmp_path: Path) -> Call
             processor=processor,
             prompts=Collator(Renderer(processor), None, MAX_LENGTH, lockstep=False).prompts,
             stop_ids=[processor.tokenizer.eos_token_id],
-            forbidden_ids=vlm.placeholder_ids,
+            forbidden_ids=vlm.forbidden_ids(len(processor.tokenizer)),
             world=world,
             max_length=MAX_LENGTH,
             folder=tmp_path,
