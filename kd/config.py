@@ -12,7 +12,14 @@ from omegaconf import DictConfig, OmegaConf
 from kd.checkpoint import CheckpointConfig
 from kd.data import ConversationsConfig, DataConfig, DigitsConfig, MedPixConfig
 from kd.logger import DefaultLoggerConfig, LoggerConfig, WandbLoggerConfig
-from kd.loss import ForwardKLConfig, JSDConfig, LossConfig, ReverseKLConfig
+from kd.loss import (
+    ForwardKLConfig,
+    GOLDConfig,
+    JSDConfig,
+    LossConfig,
+    ReverseKLConfig,
+    ULDConfig,
+)
 from kd.model import PretrainedStudent, ScratchModel, TrainedModel
 from kd.optim import OptimConfig
 from kd.parallel import ParallelConfig
@@ -135,7 +142,13 @@ OPTIONS: dict[str, dict[str, type]] = {
         "medpix": MedPixConfig,
         "conversations": ConversationsConfig,
     },
-    "loss": {"forward_kl": ForwardKLConfig, "reverse_kl": ReverseKLConfig, "jsd": JSDConfig},
+    "loss": {
+        "forward_kl": ForwardKLConfig,
+        "reverse_kl": ReverseKLConfig,
+        "jsd": JSDConfig,
+        "uld": ULDConfig,
+        "gold": GOLDConfig,
+    },
     "rollout": {
         "dataset": DatasetRollout,
         "student": StudentRollout,

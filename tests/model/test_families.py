@@ -249,15 +249,15 @@ def test_a_blank_image_leaves_the_loss_of_text_alone(family: Family):
 def test_greedy_answers_are_the_same_alone_and_are_those_the_loss_sees(family: Family):
     collate, vlm = family.collator(), FrozenVLM(family.model())
     stop_ids = vlm.stop_ids(family.processor.tokenizer.eos_token_id)
-    together = cut(vlm.generate(collate.prompts(ROWS), 8, stop_ids), stop_ids)
+    never = vlm.forbidden_ids(len(family.processor.tokenizer))
+    together = cut(vlm.generate(collate.prompts(ROWS), 8, stop_ids, never), stop_ids)
     for sample, (ids, finished) in zip(ROWS, together, strict=True):
-        assert cut(vlm.generate(collate.prompts([sample]), 8, stop_ids), stop_ids) == [
-            (ids, finished)
-        ]
+        alone = vlm.generate(collate.prompts([sample]), 8, stop_ids, never)
+        assert cut(alone, stop_ids) == [(ids, finished)]
         batch = collate([Rollout(sample, ids, finished, 0)])
         targets = vlm.targets(batch.student)
         logits_NV = targets.hidden_ND @ targets.weight_VD.T
-        logits_NV[:, vlm.placeholder_ids] = -torch.inf
+        logits_NV[:, never] = -torch.inf
         assert logits_NV.argmax(-1).tolist() == ids
     assert len({tuple(ids) for ids, _ in together}) > 1
 
@@ -271,7 +271,8 @@ def test_the_token_of_an_image_is_never_generated(family: Family):
     last_ND = vlm.targets(dataclasses.replace(prompts, target_rows_N=torch.tensor([-1]))).hidden_ND
     vlm.model.get_output_embeddings().weight.data[image_id] = 10 * last_ND[0]
     assert vlm.model(**prompts.model_inputs()).logits[-1, -1].argmax() == image_id
-    assert image_id not in vlm.generate(prompts, 4, [family.processor.tokenizer.eos_token_id])
+    stop_ids, never = [family.processor.tokenizer.eos_token_id], vlm.forbidden_ids(10**6)
+    assert image_id not in vlm.generate(prompts, 4, stop_ids, never)
 
 
 # ---- sharding, parts and export ----------------------------------------------------------------
