@@ -105,6 +105,24 @@ class Inputs:
         }
 
 
+class ResponseGroups(Protocol):
+    """Where two tokenizers' tokens of the responses of a batch meet (`kd.align.Groups`)."""
+
+    @property
+    def num_groups(self) -> int:
+        """What the KD term is divided by, summed over the optimizer step."""
+        ...
+
+    @property
+    def num_student_rows(self) -> int:
+        """How many of the N targets are in a group."""
+        ...
+
+    def to(self, device: torch.device | str) -> ResponseGroups:
+        """Copy the tensors."""
+        ...
+
+
 @dataclass
 class Batch:
     """A micro-batch. Both models' renderings meet only at the N response tokens."""
@@ -120,6 +138,10 @@ class Batch:
     rollouts: list[Rollout]
     """The responses, in the order of the rows; a data set's answer is one, too."""
     rejected: list[Rejected] = field(default_factory=list)
+    groups: ResponseGroups | None = None
+    """None: both have one tokenizer, and meet at every token."""
+    num_unaligned: int = 0
+    """Responses that have no KD because the two tokenizers do not meet in them."""
 
     @property
     def samples(self) -> list[Sample]:
@@ -130,6 +152,16 @@ class Batch:
     def num_targets(self) -> int:
         """The number of targets in this batch, known on the host."""
         return self.student.target_rows_N.numel()
+
+    @property
+    def num_kd_targets(self) -> int:
+        """What the KD term is taken of: every target, or groups of them."""
+        return self.num_targets if self.groups is None else self.groups.num_groups
+
+    @property
+    def num_aligned(self) -> int:
+        """The targets that have a part in the KD term."""
+        return self.num_targets if self.groups is None else self.groups.num_student_rows
 
     @property
     def num_tokens(self) -> int:
@@ -146,6 +178,7 @@ class Batch:
             teacher=teacher,
             labels_BS=self.labels_BS.to(device, non_blocking=True),
             labels_N=self.labels_N.to(device, non_blocking=True),
+            groups=None if self.groups is None else self.groups.to(device),
         )
 
 

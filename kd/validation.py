@@ -7,15 +7,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from kd.config import ValidationConfig
-from kd.data import Collator
 from kd.logger import SampleRecord
 from kd.metrics import LossSum
 from kd.model import Student, cut
 from kd.parallel import World
-from kd.rollout import Rejections
+from kd.rollout import Policy, Rejections
 from kd.teacher import LocalTeacher, NoTeacher
 from kd.types import Batch, Sample, UserError
 
@@ -28,16 +26,15 @@ class Validator:
     def __init__(
         self,
         batches: Callable[[], Iterable[Batch]],
-        collator: Collator,
-        tokenizer: PreTrainedTokenizerBase,
-        stop_ids: list[int],
-        forbidden_ids: list[int],
+        student: Policy,
+        teacher: Policy | None,
+        kd_ratio: float,
         config: ValidationConfig,
         on_broken_row: str,
         world: World,
     ) -> None:
-        self.batches, self.collator, self.tokenizer = batches, collator, tokenizer
-        self.stop_ids, self.forbidden_ids = stop_ids, forbidden_ids
+        self.kd_ratio = kd_ratio
+        self.batches, self.student, self.teacher = batches, student, teacher
         self.config, self.on_broken_row, self.world = config, on_broken_row, world
         self.teacher_answers: dict[str, str] = {}
 
@@ -46,35 +43,35 @@ class Validator:
         """val/loss, val/ce and val/kd per target token, from the training objective itself."""
         losses = LossSum(self.world.device)
         rejections = Rejections(self.on_broken_row)
-        num_targets = num_rows = 0
+        num_targets = num_kd_targets = num_rows = 0
         problem = None
         for batch in self.batches():
             num_targets += batch.num_targets
+            num_kd_targets += batch.num_kd_targets
             num_rows += len(batch.samples)
             try:
                 rejections.note(batch.rejected)
             except UserError as error:
                 problem = problem or str(error)
             batch = batch.to(self.world.device)
-            losses.add(student.distill(batch, teacher.targets(batch), 1))
+            losses.add(student.distill(batch, teacher.targets(batch), 1, 1))
         self.world.agree(problem)
         num_rejected = sum(rejections.counters.values())
-        counts = self.world.sum_ints(num_targets, num_rows, num_rejected)
-        num_targets, num_rows, num_rejected = counts
+        counts = self.world.sum_ints(num_targets, num_kd_targets, num_rows, num_rejected)
+        num_targets, num_kd_targets, num_rows, num_rejected = counts
         if num_targets == 0:
             self.world.agree(f"the validation split has no usable row ({num_rejected} rejected)")
-        loss, ce, kd = (value / num_targets for value in losses.reduce(self.world))
+        _, ce, kd = losses.reduce(self.world)
+        ce, kd = ce / num_targets, kd / max(1, num_kd_targets)
         return {
-            "val/loss": loss,
+            "val/loss": mix(ce, kd, self.kd_ratio),
             "val/ce": ce,
             "val/kd": kd,
             "val/rows": num_rows,
             "val/rejected": num_rejected,
         }
 
-    def answers(
-        self, student: Student, teacher: LocalTeacher | NoTeacher
-    ) -> tuple[dict[str, float], list[SampleRecord]]:
+    def answers(self) -> tuple[dict[str, float], list[SampleRecord]]:
         """Greedy answers: exact-answer accuracy over all rows and per kind, and some of the rows.
 
         val/unfinished is the share of answers cut by max_new_tokens.
@@ -84,10 +81,10 @@ class Validator:
         unfinished = 0
         records: list[SampleRecord] = []
         for batch in self.batches():
-            answers, num_cut = self._generate(student, batch)
+            answers, num_cut = self._generate(self.student, batch)
             unfinished += num_cut
             shown = batch.samples[: max(0, self.config.report_samples - len(records))]
-            told = self._teacher_answers(teacher, batch, bool(shown))
+            told = self._teacher_answers(batch, bool(shown))
             for sample, answer in zip(batch.samples, answers, strict=True):
                 correct = normalise(answer) == normalise(sample.answer or "")
                 asked[sample.kind] += 1
@@ -109,29 +106,33 @@ class Validator:
         shown = [record for rank in ranks for record in rank[3]]
         return metrics, shown[: self.config.report_samples]
 
-    def _generate(
-        self, model: Student | LocalTeacher | NoTeacher, batch: Batch
-    ) -> tuple[list[str], int]:
-        is_teacher = not isinstance(model, Student)
-        prompts = self.collator.prompts(batch.samples, teacher=is_teacher).to(self.world.device)
-        ids = model.generate(prompts, self.config.max_new_tokens, self.stop_ids, self.forbidden_ids)
-        if ids is None:
-            return [], 0
-        rows = cut(ids[: len(batch.samples)], self.stop_ids)  # a filler row may follow
-        answers = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids, _ in rows]
-        return [str(answer) for answer in answers], sum(not finished for _, finished in rows)
+    def _generate(self, policy: Policy, batch: Batch) -> tuple[list[str], int]:
+        """Greedy answers, and how many of them were cut."""
+        prompts = policy.prompts(batch.samples).to(self.world.device)
+        ids = policy.vlm.generate(
+            prompts, self.config.max_new_tokens, policy.stop_ids, policy.forbidden_ids
+        )
+        rows = cut(ids[: len(batch.samples)], policy.stop_ids)  # a filler row may follow
+        decode = policy.processor.tokenizer.decode
+        answers = [str(decode(ids, skip_special_tokens=True)) for ids, _ in rows]
+        return answers, sum(not finished for _, finished in rows)
 
-    def _teacher_answers(
-        self, teacher: LocalTeacher | NoTeacher, batch: Batch, wanted: bool
-    ) -> dict[str, str]:
+    def _teacher_answers(self, batch: Batch, wanted: bool) -> dict[str, str]:
         """The frozen teacher's answers never change: asked once per row."""
         known = all(sample.id in self.teacher_answers for sample in batch.samples)
         # Ranks decide together: a teacher's forward is a collective.
-        if max(self.world.gather(wanted and not known)):
-            answers, _ = self._generate(teacher, batch)
+        if self.teacher is not None and max(self.world.gather(wanted and not known)):
+            answers, _ = self._generate(self.teacher, batch)
             ids = (sample.id for sample in batch.samples)
             self.teacher_answers |= dict(zip(ids, answers, strict=False))
         return self.teacher_answers
+
+
+def mix(ce: float, kd: float, kd_ratio: float) -> float:
+    """The loss; an endpoint drops the other term, which 0 * inf would not."""
+    if kd_ratio in (0, 1):
+        return kd if kd_ratio else ce
+    return (1 - kd_ratio) * ce + kd_ratio * kd
 
 
 def _record(sample: Sample, answer: str, teacher: str | None, correct: bool) -> SampleRecord:

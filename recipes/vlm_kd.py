@@ -17,19 +17,21 @@ import torch
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
+from kd.align import Aligner, TokenBytes
 from kd.checkpoint import Checkpoints, export, random_state, set_random_state
 from kd.config import VlmKDConfig
 from kd.data import BatchStream, Collator, Renderer, Split, validation_batches
 from kd.logger import RolloutRecord
 from kd.logger.report import write_report
+from kd.loss import AlignedLossConfig
 from kd.metrics import LossSum, Timer, peak_mem_gib
-from kd.model import VLM, Student, check_same_tokenizer, same_rendering
+from kd.model import VLM, Pairing, Student, pair
 from kd.parallel import World
 from kd.plan import print_plan
 from kd.rollout import Parts, Policy
 from kd.rundir import RunDir
-from kd.teacher import NoTeacher
-from kd.types import AgreedError, Batch, Inputs, Sample, Source, UserError
+from kd.teacher import LocalTeacher, NoTeacher
+from kd.types import AgreedError, Batch, Source, UserError
 from kd.validation import Validator
 from kd.watch import rollout_records
 
@@ -44,7 +46,7 @@ class VlmKD:
         torch.manual_seed(cfg.run.seed)
         self.processor = cfg.student.build_processor(cfg.data.corpus)
         self.teacher_processor = cfg.asked_teacher.build_processor(cfg.data.corpus)
-        self.collator = self.build_collator()
+        self.pairing = self.build_pairing()
         self.rows = cfg.data.build("train")
         self.val_rows = cfg.data.build("validation") if cfg.train.val_every else None
 
@@ -58,25 +60,66 @@ class VlmKD:
         # A teacher may be there only to respond.
         self.judge = self.teacher if cfg.kd_ratio > 0 else NoTeacher()
         self.optimizer, self.scheduler = cfg.optim.build(self.student, cfg.train.max_steps)
+        self.collator = self.build_collator()
+        self.student_policy = self.policy(self.student, self.collator.student)
+        self.teacher_policy = None
+        if isinstance(self.teacher, LocalTeacher):
+            self.teacher_policy = self.policy(self.teacher.vlm, self.collator.renderers[-1])
         self.source = self.build_source()
         self.validator = self.build_validator()
         self.timer = Timer(self.device)
         self.trained: list[tuple[Batch, Tensor]] = []
         self.step = 0
 
+    def build_pairing(self) -> Pairing | None:
+        """How teacher and student are compared; None: there is no teacher."""
+        cfg, teacher = self.cfg, self.teacher_processor
+        if teacher is None:
+            return None
+        student_kwargs = cfg.student.processor.chat_template_kwargs
+        kwargs = student_kwargs, cfg.teacher.processor.chat_template_kwargs
+        pairing = pair(self.processor, teacher, kwargs, cfg.teacher.alignment)
+        if cfg.kd_ratio > 0 and pairing.by_bytes and not isinstance(cfg.loss, AlignedLossConfig):
+            raise UserError(
+                f"teacher and student have {pairing.reason}\n"
+                "This loss compares token by token: choose loss=uld or loss=gold, or a teacher of "
+                "the student's family"
+            )
+        if self.world.is_main:
+            log.info(pairing.explain())
+        return pairing
+
     def build_collator(self) -> Collator:
         """Each model renders the prompts its own way; they meet at the tokens of the response."""
-        cfg, teacher = self.cfg, self.teacher_processor
+        cfg, pairing = self.cfg, self.pairing
         renderer = Renderer(self.processor, cfg.student.processor.chat_template_kwargs)
-        teacher_renderer = None
-        if teacher is not None:
-            check_same_tokenizer(self.processor.tokenizer, teacher.tokenizer)
+        teacher_renderer, aligner = None, None
+        if pairing is not None and (pairing.by_bytes or not pairing.same_prompts):
             kwargs = cfg.teacher.processor.chat_template_kwargs
-            alike = same_rendering(self.processor, teacher)
-            if not alike or kwargs != cfg.student.processor.chat_template_kwargs:
-                teacher_renderer = Renderer(teacher, kwargs)
+            teacher_renderer = Renderer(self.teacher_processor, kwargs)
+        if pairing is not None and pairing.by_bytes:
+            sides = (self.student, renderer), (self.teacher.vlm, teacher_renderer)
+            aligner = Aligner(
+                *(TokenBytes(r.processor.tokenizer, m.stop_ids(r.eos_token_id)) for m, r in sides)
+            )
+            self.teacher.matched = aligner.matched().to(self.device)
         lockstep = self.world.size > 1
-        return Collator(renderer, teacher_renderer, cfg.data.max_length, lockstep)
+        return Collator(renderer, teacher_renderer, cfg.data.max_length, lockstep, aligner)
+
+    def policy(self, vlm: VLM, renderer: Renderer) -> Policy:
+        """A model as one that responds."""
+        is_teacher = vlm is not self.student
+        return Policy(
+            vlm,
+            renderer.processor,
+            functools.partial(self.collator.prompts, teacher=is_teacher),
+            vlm.stop_ids(renderer.eos_token_id),
+            vlm.forbidden_ids(len(renderer.processor.tokenizer)),
+            self.world,
+            self.cfg.data.max_length,
+            renderer.chat_template_kwargs,
+            self.cfg.run.path,
+        )
 
     def build_source(self) -> Source:
         """Where the batches come from."""
@@ -93,48 +136,29 @@ class VlmKD:
                 pin_memory=self.device.type == "cuda",
             )
 
-        parts = Parts(
-            stream=stream,
-            collate=self.collator,
-            student=self.policy(self.student, self.collator.student, self.collator.prompts),
-            teacher=None,
-            micro_batch_size=cfg.train.micro_batch_size,
-            grad_accum=cfg.train.grad_accum,
-            seed=cfg.run.seed,
-            on_broken_row=cfg.data.on_broken_row,
-            world=world,
-        )
-        if cfg.rollout.teacher_responds:
-            prompts = functools.partial(self.collator.prompts, teacher=True)
-            parts.teacher = self.policy(self.teacher.vlm, self.collator.renderers[-1], prompts)
-        return cfg.rollout.build(parts)
-
-    def policy(
-        self, vlm: VLM, renderer: Renderer, prompts: Callable[[list[Sample]], Inputs]
-    ) -> Policy:
-        """A model as one that responds."""
-        return Policy(
-            vlm,
-            renderer.processor,
-            prompts,
-            vlm.stop_ids(renderer.eos_token_id),
-            vlm.forbidden_ids(len(renderer.processor.tokenizer)),
-            self.world,
-            self.cfg.data.max_length,
-            renderer.chat_template_kwargs,
-            self.cfg.run.path,
+        return cfg.rollout.build(
+            Parts(
+                stream=stream,
+                collate=self.collator,
+                student=self.student_policy,
+                teacher=self.teacher_policy,
+                micro_batch_size=cfg.train.micro_batch_size,
+                grad_accum=cfg.train.grad_accum,
+                seed=cfg.run.seed,
+                on_broken_row=cfg.data.on_broken_row,
+                world=world,
+            )
         )
 
     def build_validator(self) -> Validator:
         """Losses and answers on the validation rows, which there are only with train.val_every."""
-        cfg, collator = self.cfg, self.collator
+        cfg = self.cfg
         split = Split(cfg.validation.batch_size, self.world.rank, self.world.size)
         return Validator(
-            lambda: validation_batches(self.val_rows, collator, split),
-            collator,
-            self.processor.tokenizer,
-            self.student.stop_ids(collator.student.eos_token_id),
-            self.student.forbidden_ids(len(self.processor.tokenizer)),
+            lambda: validation_batches(self.val_rows, self.collator, split),
+            self.student_policy,
+            self.teacher_policy,
+            cfg.kd_ratio,
             cfg.validation,
             cfg.data.on_broken_row,
             self.world,
@@ -184,11 +208,17 @@ class VlmKD:
             with timer("data"):
                 batches, problem = self.take()
             # Counted before any backward: every micro-batch is divided by the same number.
-            problems, num_targets, num_tokens = world.sum_ints(
-                problem is not None,
-                sum(b.num_targets for b in batches),
-                sum(b.num_tokens for b in batches),
+            problems, num_targets, num_kd_targets, num_aligned, num_unaligned, num_tokens = (
+                world.sum_ints(
+                    problem is not None,
+                    sum(b.num_targets for b in batches),
+                    sum(b.num_kd_targets for b in batches),
+                    sum(b.num_aligned for b in batches),
+                    sum(b.num_unaligned for b in batches),
+                    sum(b.num_tokens for b in batches),
+                )
             )
+            counts = max(1, num_targets), max(1, num_kd_targets)
             if problems:
                 world.agree(problem)
             losses = LossSum(self.device)
@@ -199,7 +229,7 @@ class VlmKD:
                     targets = self.judge.targets(batch)
                 last = i == len(batches) - 1
                 self.student.set_requires_gradient_sync(last or cfg.parallel.sync_every_micro_batch)
-                out = self.student.distill(batch, targets, max(1, num_targets))
+                out = self.student.distill(batch, targets, *counts)
                 # FSDP2 averages gradients over the ranks; the loss is already a global mean.
                 (out.loss * world.size).backward()
                 losses.add(out)
@@ -225,6 +255,8 @@ class VlmKD:
             "train/data_s": seconds["data"],
             "train/teacher_s": seconds["teacher"],
             "train/peak_mem_gib": peak_mem_gib(self.device),
+            "align/coverage": num_aligned / max(1, num_targets),
+            "align/unaligned": num_unaligned,
             **self.source.metrics(),
         }
 
@@ -264,7 +296,7 @@ class VlmKD:
         metrics = self.validator.losses(self.student, self.judge)
         records = []
         if self.cfg.validation.generate:
-            accuracy, records = self.validator.answers(self.student, self.teacher)
+            accuracy, records = self.validator.answers()
             metrics |= accuracy
         self.student.train()
         set_random_state(before)

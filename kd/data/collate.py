@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from kd.align import AlignedResponse, Aligner, Alignment, Groups
 from kd.data.base import RowError
 from kd.data.render import Prompt, Renderer
 from kd.types import IGNORE_INDEX, Batch, Inputs, Rejected, Rollout, Sample
@@ -25,10 +26,11 @@ class RenderedSample(Sample):
 
 @dataclass
 class _Row:
-    """A row that fits: one prompt per model, one response for both."""
+    """A row that fits: one prompt per model, and the response in the tokens of each."""
 
     prompts: list[Prompt]
     rollout: Rollout
+    aligned: AlignedResponse
 
     @property
     def labels(self) -> list[int]:
@@ -39,16 +41,24 @@ class _Row:
 class Collator:
     """Makes batches of samples (reference answers), rollouts (sampled ids) and rejected rows.
 
-    `teacher` None: the teacher reads what the student reads, or there is none. `lockstep` (more
-    than one rank): a batch without an image gets one more row, a blank image with no target, so
-    that every rank runs the vision tower and thereby the same collectives.
+    `teacher` None: the teacher reads what the student reads, or there is none; `aligner`: it has
+    another tokenizer. `lockstep` (more than one rank): a batch without an image gets one more row,
+    a blank image with no target, so that every rank runs the vision tower and thereby the same
+    collectives.
     """
 
     def __init__(
-        self, student: Renderer, teacher: Renderer | None, max_length: int, lockstep: bool
+        self,
+        student: Renderer,
+        teacher: Renderer | None,
+        max_length: int,
+        lockstep: bool,
+        aligner: Aligner | None = None,
     ):
+        assert aligner is None or teacher is not None
         self.student, self.teacher = student, teacher
         self.max_length, self.lockstep = max_length, lockstep
+        self.aligner = aligner
 
     @property
     def renderers(self) -> list[Renderer]:
@@ -66,17 +76,23 @@ class Collator:
         kept = [row for row in outcomes if isinstance(row, _Row)]
         rejected = [row for row in outcomes if isinstance(row, Rejected)]
         filled = kept + self._filler([row.rollout.sample for row in kept])
-        responses = [row.rollout.response_ids for row in filled]
-        student, *others = (
-            _pack([row.prompts[m] for row in filled], responses, renderer.pad_token_id)
-            for m, renderer in enumerate(self.renderers)
-        )
+        student = self._pack(filled, 0, [row.rollout.response_ids for row in filled])
+        teacher = student
+        if self.teacher is not None:
+            teacher = self._pack(filled, 1, [row.aligned.teacher_ids for row in filled])
         labels_N = torch.tensor([t for row in filled for t in row.labels], dtype=torch.int64)
         labels_BS = torch.full_like(student.input_ids_BS, IGNORE_INDEX)
         labels_BS.view(-1)[student.target_rows_N] = labels_N
-        teacher = others[0] if others else student
         rollouts = [row.rollout for row in kept]
-        return Batch(student, teacher, labels_BS, labels_N, rollouts, rejected)
+        batch = Batch(student, teacher, labels_BS, labels_N, rollouts, rejected)
+        if self.aligner is not None:
+            batch.groups = _groups([row.aligned for row in filled])
+            batch.num_unaligned = sum(row.aligned.problem is not None for row in filled)
+        return batch
+
+    def _pack(self, rows: list[_Row], which: int, responses: list[list[int]]) -> Inputs:
+        prompts = [row.prompts[which] for row in rows]
+        return _pack(prompts, responses, self.renderers[which].pad_token_id)
 
     def prompts(
         self, samples: list[Sample], *, teacher: bool = False, filler: bool = True
@@ -128,12 +144,24 @@ class Collator:
             return row
         sample = row.sample if isinstance(row, Rollout) else row
         try:
-            rollout = row if isinstance(row, Rollout) else self._reference(row)
+            rollout, aligned = self._response(row)
             prompts = self._prompts(sample)
         except RowError as error:
             return Rejected(sample.id, str(error), broken=True)
-        too_long = self._too_long(sample, prompts, len(rollout.response_ids))
-        return too_long or _Row(prompts, rollout)
+        longest = max(len(aligned.student_ids), len(aligned.teacher_ids))
+        return self._too_long(sample, prompts, longest) or _Row(prompts, rollout, aligned)
+
+    def _response(self, row: Sample | Rollout) -> tuple[Rollout, AlignedResponse]:
+        """What is trained on, in the student's tokens, and the same in the teacher's."""
+        rollout = row if isinstance(row, Rollout) else self._reference(row)
+        if self.aligner is None:
+            ids = rollout.response_ids
+            return rollout, AlignedResponse(ids, ids, Alignment([]))
+        answer_ids = None
+        if rollout.policy == "dataset" and self.teacher is not None:
+            answer_ids = self.teacher.response(rollout.sample.answer or "")
+        aligned = self.aligner(rollout, answer_ids)
+        return replace(rollout, response_ids=aligned.student_ids), aligned
 
     def _prompts(self, sample: Sample) -> list[Prompt]:
         if isinstance(sample, RenderedSample):
@@ -164,7 +192,16 @@ class Collator:
         images = [Image.new("RGB", (BLANK_PX, BLANK_PX))] if self.lockstep else []
         content = [{"type": "image"} for _ in images] + [{"type": "text", "text": "."}]
         sample = Sample("filler", [{"role": "user", "content": content}], images, None)
-        return [_Row(self._prompts(sample), Rollout(sample, [], True, 0, "dataset"))]
+        nothing = AlignedResponse([], [], Alignment([]))
+        return [_Row(self._prompts(sample), Rollout(sample, [], True, 0, "dataset"), nothing)]
+
+
+def _groups(responses: list[AlignedResponse]) -> Groups:
+    return Groups.join(
+        [response.student_ids for response in responses],
+        [response.teacher_ids for response in responses],
+        [response.alignment for response in responses],
+    )
 
 
 def _pack(prompts: list[Prompt], responses: list[list[int]], pad_token_id: int) -> Inputs:

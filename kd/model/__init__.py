@@ -1,6 +1,6 @@
 """Models: where they come from, how they are frozen and sharded, what they compute."""
 
-from kd.model.compare import check_same_tokenizer, same_rendering
+from kd.model.compare import ALIGNMENTS, Pairing, pair, same_rendering, tokenizer_difference
 from kd.model.spec import (
     ModelConfig,
     PretrainedModel,
@@ -12,16 +12,19 @@ from kd.model.spec import (
 from kd.model.vlm import VLM, FrozenVLM, Student, cut
 
 __all__ = [
+    "ALIGNMENTS",
     "VLM",
     "FrozenVLM",
     "ModelConfig",
+    "Pairing",
     "PretrainedModel",
     "PretrainedStudent",
     "ProcessorConfig",
     "ScratchModel",
     "Student",
     "TrainedModel",
-    "check_same_tokenizer",
     "cut",
+    "pair",
     "same_rendering",
+    "tokenizer_difference",
 ]

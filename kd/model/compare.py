@@ -2,15 +2,61 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from kd.types import UserError
 
+ALIGNMENTS = ("auto", "tokens", "bytes")
 
-def check_same_tokenizer(
+
+@dataclass(frozen=True)
+class Pairing:
+    """How a teacher is compared with a student."""
+
+    by_bytes: bool
+    """True: on groups of tokens that spell the same bytes; False: token by token."""
+    same_prompts: bool
+    """Whether both read the very same rendering of a prompt."""
+    reason: str
+
+    def explain(self) -> str:
+        """For people."""
+        how = "groups of tokens that spell the same" if self.by_bytes else "token by token"
+        prompts = "one rendering for both" if self.same_prompts else "each its own rendering"
+        return f"teacher and student are compared {how} ({self.reason}); prompts: {prompts}"
+
+
+def pair(
+    student: ProcessorMixin,
+    teacher: ProcessorMixin,
+    chat_template_kwargs: tuple[dict, dict],
+    alignment: str,
+) -> Pairing:
+    """Decide it from vocabularies and renderings; `alignment` may force it.
+
+    `chat_template_kwargs` are the student's and the teacher's. Raises UserError where models with
+    different tokenizers are forced to be compared token by token.
+    """
+    difference = tokenizer_difference(student.tokenizer, teacher.tokenizer)
+    if alignment == "tokens" and difference:
+        raise UserError(
+            f"teacher.alignment=tokens, but {difference}: the same id is another token. Choose "
+            "auto or bytes, with loss=uld or loss=gold, or a teacher of the student's family"
+        )
+    ours, theirs = chat_template_kwargs
+    same_prompts = difference is None and ours == theirs and same_rendering(student, teacher)
+    reason = difference or "one tokenizer"
+    if alignment != "auto":
+        reason += f", teacher.alignment={alignment}"
+    return Pairing(alignment == "bytes" or difference is not None, same_prompts, reason)
+
+
+def tokenizer_difference(
     student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase
-) -> None:
-    """Refuse a teacher whose token ids mean something else than the student's.
+) -> str | None:
+    """What makes a token id mean something else to the teacher; None: nothing does.
 
     The models' vocabularies may be padded differently; the tokenizers must be the same.
     """
@@ -21,17 +67,14 @@ def check_same_tokenizer(
     )
     if differences:
         token = differences[0]
-        raise UserError(
-            f"teacher and student have different tokenizers: {len(ours)} and {len(theirs)} tokens "
-            f"(student, teacher), {len(differences)} differ, first {token!r} = "
-            f"{ours.get(token)} and {theirs.get(token)}\n"
-            "A dense divergence compares token by token: choose a teacher of the student's family"
+        return (
+            f"different tokenizers: {len(ours)} and {len(theirs)} tokens (student, teacher), "
+            f"{len(differences)} differ, first {token!r} = {ours.get(token)} and "
+            f"{theirs.get(token)}"
         )
     if student.eos_token_id != teacher.eos_token_id:
-        raise UserError(
-            f"teacher and student end a response with different tokens: {student.eos_token!r} and "
-            f"{teacher.eos_token!r} (student, teacher)"
-        )
+        return f"different ends of a response: {student.eos_token!r} and {teacher.eos_token!r}"
+    return None
 
 
 def same_rendering(student: ProcessorMixin, teacher: ProcessorMixin) -> bool:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 from torch import nn
 from transformers import PreTrainedModel
 
 from kd.parallel.shard import blocks
 from kd.types import UserError
+
+PART_NAMES = ("vision_tower", "projector", "embeddings", "layers")
 
 
 def parts(model: PreTrainedModel) -> dict[str, list[str]]:
@@ -38,6 +42,36 @@ def parts(model: PreTrainedModel) -> dict[str, list[str]]:
         "layers": blocks(decoder),
     }
     return {part: [names[m] for m in modules if _trainable(m)] for part, modules in found.items()}
+
+
+def find_part(model: PreTrainedModel, name: str) -> list[nn.Module]:
+    """The modules under a name: one of `parts`, `layers.3`, `layers.0-7`, or a module's own name.
+
+    Raises UserError where there is no such part.
+    """
+    layer = re.fullmatch(r"layers\.(\d+)(?:-(\d+))?", name)
+    if name in PART_NAMES:
+        names = parts(model)[name]
+    elif layer:
+        layers = parts(model)["layers"]
+        first, last = int(layer[1]), int(layer[2] or layer[1])
+        if not first <= last < len(layers):
+            raise UserError(f"student.freeze: {name}: the layers are 0 to {len(layers) - 1}")
+        names = layers[first : last + 1]
+    else:
+        names = [name]
+    try:
+        return [model.get_submodule(found) for found in names]
+    except AttributeError as error:
+        known = ", ".join(f"{model.base_model_prefix}.{n}" for n, _ in _children(model))
+        raise UserError(
+            f"student.freeze: {name} is no part of {type(model).__name__}; "
+            f"there is {', '.join(PART_NAMES)}, layers.0-7, {known}"
+        ) from error
+
+
+def _children(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
+    return list(model.base_model.named_children())
 
 
 def _trainable(module: nn.Module) -> bool:

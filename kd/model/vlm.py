@@ -19,12 +19,13 @@ from transformers import (
     PreTrainedModel,
 )
 
+from kd.model.parts import find_part
 from kd.objective import KDOutput
 from kd.parallel import ParallelConfig, World, shard
 from kd.types import Batch, DenseTargets, Inputs, TeacherTargets, UserError
 
 Objective = Callable[
-    [Tensor, Tensor, Tensor | None, Tensor, TeacherTargets | None, int | Tensor], KDOutput
+    [Tensor, Tensor, Tensor | None, Tensor, TeacherTargets | None, int, int | None], KDOutput
 ]
 
 
@@ -183,27 +184,27 @@ class Student(VLM):
         self.train()  # from_pretrained gives evaluation mode
 
     def distill(
-        self, batch: Batch, targets: TeacherTargets | None, num_targets: int | Tensor
+        self,
+        batch: Batch,
+        targets: TeacherTargets | None,
+        num_targets: int,
+        num_kd_targets: int | None = None,
     ) -> KDOutput:
-        """Forward and loss of one micro-batch, divided by the step's global `num_targets`."""
+        """Forward and loss of one micro-batch, divided by the counts of the whole step.
+
+        `num_kd_targets` None: as many as targets.
+        """
         hidden_ND = self._hidden(batch.student)
         head = self.model.get_output_embeddings()
         return self.objective(
-            hidden_ND, head.weight, head.bias, batch.labels_N, targets, num_targets
+            hidden_ND, head.weight, head.bias, batch.labels_N, targets, num_targets, num_kd_targets
         )
 
     def freeze(self, parts: list[str]) -> None:
-        """Exclude submodules from training; before `distribute`, as FSDP reads requires_grad."""
+        """Exclude parts (see `find_part`); before `distribute`, as FSDP reads requires_grad."""
         for name in parts:
-            try:
-                part = self.model.get_submodule(name)
-            except AttributeError as error:
-                known = ", ".join(n for n, _ in self.model.base_model.named_children())
-                raise UserError(
-                    f"student.freeze: {name} is no part of {type(self.model).__name__}; "
-                    f"parts under `{self.model.base_model_prefix}.`: {known}"
-                ) from error
-            part.requires_grad_(False)
+            for module in find_part(self.model, name):
+                module.requires_grad_(False)
         if not any(p.requires_grad for p in self.parameters()):
             raise UserError(f"student.freeze={parts} leaves nothing to train")
 

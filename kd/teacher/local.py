@@ -5,20 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
 
-from kd.model import FrozenVLM, PretrainedModel
+from kd.align import AlignedTargets, Groups, MatchedVocabulary
+from kd.model import ALIGNMENTS, FrozenVLM, PretrainedModel
 from kd.parallel import ParallelConfig, World
-from kd.types import Batch, DenseTargets, Inputs
+from kd.types import Batch, DenseTargets, UserError
 
 
 @dataclass
 class TeacherConfig:
     """Base of the `teacher` options."""
 
+    alignment: str = "auto"
+    """How its tokens meet the student's: tokens (one by one), bytes (groups that spell the same,
+    for loss=uld and loss=gold), or auto: by tokens where both have one tokenizer."""
+
     def validate(self, key: str) -> None:
         """Refuse values out of range."""
+        if self.alignment not in ALIGNMENTS:
+            raise UserError(f"{key}.alignment={self.alignment}: use {', '.join(ALIGNMENTS)}")
 
     def build_processor(self, corpus: Callable[[], list[str]]) -> ProcessorMixin | None:
         """The teacher's processor; None: there is no teacher."""
@@ -60,6 +66,11 @@ class LocalTeacherConfig(PretrainedModel, TeacherConfig):
     cpu_offload: bool = False
     """Keep the sharded weights in host memory and copy each block to the device when it runs."""
 
+    def validate(self, key: str) -> None:
+        """Refuse values out of range."""
+        PretrainedModel.validate(self, key)
+        TeacherConfig.validate(self, key)
+
     def build_teacher(
         self, processor: ProcessorMixin | None, world: World, parallel: ParallelConfig
     ) -> LocalTeacher:
@@ -76,24 +87,20 @@ class NoTeacher:
     def targets(self, batch: Batch) -> None:
         """No targets."""
 
-    def generate(
-        self, prompts: Inputs, max_new_tokens: int, stop_ids: list[int], forbidden_ids: list[int]
-    ) -> None:
-        """No answers."""
-
 
 class LocalTeacher:
     """Serves the whole distribution of every target row."""
 
     def __init__(self, vlm: FrozenVLM) -> None:
         self.vlm = vlm
+        self.matched: MatchedVocabulary | None = None
+        """The tokens that the student's vocabulary has as well, where the tokenizers differ."""
 
-    def targets(self, batch: Batch) -> DenseTargets:
-        """Hidden states [N, D] of the target rows, and the head."""
-        return self.vlm.targets(batch.teacher)
-
-    def generate(
-        self, prompts: Inputs, max_new_tokens: int, stop_ids: list[int], forbidden_ids: list[int]
-    ) -> Tensor:
-        """Greedy answers [B, up to max_new_tokens]."""
-        return self.vlm.generate(prompts, max_new_tokens, stop_ids, forbidden_ids)
+    def targets(self, batch: Batch) -> DenseTargets | AlignedTargets:
+        """Hidden states of the response rows in its own rendering, and the head."""
+        dense = self.vlm.targets(batch.teacher)
+        if not isinstance(batch.groups, Groups):
+            return dense
+        assert self.matched is not None
+        head = dense.weight_VD, dense.bias_V
+        return AlignedTargets(dense.hidden_ND, *head, batch.groups, self.matched)

@@ -25,7 +25,7 @@ NEEDS = {
     "rollout/engine/vllm": ["rollout=student", "kd_ratio=1"],
 }
 # The root config that an experiment is made for, where that is not HOST.
-EXPERIMENT_HOSTS = {"digits_ce": "digits_kd"}
+EXPERIMENT_HOSTS = {"digits_ce": "digits_kd", "digits_cross": "digits_kd"}
 
 ROOTS = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 FILES = sorted(
@@ -129,6 +129,29 @@ def test_dry_run_of_the_large_models(kd_main, capsys, tmp_path, monkeypatch, npr
     assert rows["teacher parameters"] == "9.410 B"
     assert rows["student weights (float32, sharded)"] == weights
     assert rows["rows per optimizer step"] == "16"
+    assert not runs.exists()
+
+
+# The sizes that the models are published with.
+@pytest.mark.parametrize(
+    ("experiment", "student", "trained", "teacher"),
+    [
+        ("qwen3_vl_8b_to_2b_jsd_vllm", "2.128 B", "1.721 B", "8.767 B"),
+        ("qwen3_vl_8b_to_lfm2_vl", "1.585 B", "1.187 B", "8.767 B"),
+        ("qwen3_vl_30b_a3b_to_2b", "2.128 B", "1.721 B", "31.071 B"),
+    ],
+)
+def test_dry_run_of_the_experiments(
+    kd_main, capsys, tmp_path, monkeypatch, experiment, student, trained, teacher
+):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    runs = tmp_path / "runs"
+    overrides = ["dry_run=true", f"run.dir={runs}", "parallel.nproc=8"]
+    kd_main("--config-name", HOST, f"experiment={experiment}", *overrides)
+    rows = table(capsys.readouterr().out)
+    assert rows["student parameters"] == student
+    assert rows["of them trained"] == trained
+    assert rows["teacher parameters"] == teacher
     assert not runs.exists()
 
 

@@ -16,8 +16,9 @@ from kd.model import (
     ProcessorConfig,
     ScratchModel,
     Student,
-    check_same_tokenizer,
+    pair,
     same_rendering,
+    tokenizer_difference,
 )
 from kd.model.tiny import build_processor
 from kd.types import Sample, UserError
@@ -193,11 +194,42 @@ def test_rendering_is_compared_by_what_it_does(processor, tmp_path):
     assert not same_rendering(processor, load(smaller))
 
 
-def test_tokenizers_are_compared_token_by_token(processor):
+def test_the_pairing_follows_from_tokenizers_and_renderings(processor, tmp_path):
     other = build_processor([*TEXTS, "Eine gelbe Sonne, zweimal: Sonne, Sonne."], 320)
-    with pytest.raises(UserError, match=r"different tokenizers: .* differ, first"):
-        check_same_tokenizer(processor.tokenizer, other.tokenizer)
-    check_same_tokenizer(processor.tokenizer, build_processor(TEXTS, 320).tokenizer)
+    again = build_processor(TEXTS, 320)
+    processor.save_pretrained(tmp_path)
+    smaller = PretrainedModel(
+        name="a model", processor=ProcessorConfig(str(tmp_path), max_pixels=64 * 64)
+    ).build_processor(list)
+
+    def case(teacher, kwargs=({}, {}), alignment="auto") -> tuple[bool, bool]:
+        found = pair(processor, teacher, kwargs, alignment)
+        return found.by_bytes, found.same_prompts
+
+    assert case(again) == (False, True)
+    assert case(smaller) == case(again, ({}, {"enable_thinking": False})) == (False, False)
+    assert case(other) == (True, False)
+    assert case(again, alignment="bytes") == (True, True)
+    assert "different tokenizers: " in pair(processor, other, ({}, {}), "auto").explain()
+    with pytest.raises(UserError, match=r"alignment=tokens, but different tokenizers: .* differ"):
+        case(other, alignment="tokens")
+
+
+def test_another_end_of_a_response_is_another_tokenizer(processor):
+    other = build_processor(TEXTS, 320)
+    assert tokenizer_difference(processor.tokenizer, other.tokenizer) is None
+    other.tokenizer.eos_token = "<|endoftext|>"
+    assert "different ends" in str(tokenizer_difference(processor.tokenizer, other.tokenizer))
+
+
+def test_parts_are_frozen_by_name(processor):
+    student = Student(scratch().build(processor, with_weights=True), ForwardKLConfig().build(0.0))
+    student.freeze(["vision_tower", "projector", "layers.0"])
+    trained = {name for name, p in student.model.named_parameters() if p.requires_grad}
+    assert trained and not any("visual" in name or "layers.0." in name for name in trained)
+    assert any("layers.1." in name for name in trained)
+    with pytest.raises(UserError, match=r"layers\.1-2: the layers are 0 to 1"):
+        student.freeze(["layers.1-2"])
 
 
 def test_a_text_model_is_refused(processor, tmp_path):
