@@ -157,6 +157,20 @@ def test_on_policy_ranks_equal_one_process(train, rows, tmp_path):
     check("one")
 
 
+def test_two_tokenizers_on_ranks_equal_one_process(train, rows, tmp_path):
+    """Groups are counted over all ranks, as tokens are; a text-only rank has its filler row."""
+    teacher = train("digits_teacher", "teacher", "student=digits_small", "train.max_steps=2")
+    base = options(tmp_path, rows)
+    base[base.index("student=digits_small")] = "student=digits_qwen3_vl"
+    base += ["teacher=local", f"teacher.name={teacher / 'export'}", "loss=gold"]
+    one = train(CONFIG, "one", *base, "train.micro_batch_size=4")
+    ranks("two", *base, "parallel.nproc=2", "train.micro_batch_size=1")
+    for key in (*KEYS, "align/coverage", "align/unaligned"):
+        got = metrics(tmp_path / "runs" / "two", key)
+        assert got == pytest.approx(metrics(one, key), rel=1e-6), key
+    assert min(metrics(one, "align/coverage").values()) > 0.9
+
+
 def test_a_mix_on_ranks(train, rows, tmp_path):
     """Slices off-policy on all ranks at once, the teacher's or the data set's."""
     base = [*options(tmp_path, rows), "parallel.nproc=2", "train.micro_batch_size=1"]
