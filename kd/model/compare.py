@@ -23,7 +23,7 @@ class Pairing:
 
     def explain(self) -> str:
         """For people."""
-        how = "groups of tokens that spell the same" if self.by_bytes else "token by token"
+        how = "by groups of tokens that spell the same" if self.by_bytes else "token by token"
         prompts = "one rendering for both" if self.same_prompts else "each its own rendering"
         return f"teacher and student are compared {how} ({self.reason}); prompts: {prompts}"
 
