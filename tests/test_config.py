@@ -222,7 +222,7 @@ KEYS_AND_VALUES = [
     mistake("student=pretrained student.name=???", r"student\.name has no value: give one"),
     mistake("student=pretrained", r"student\.name has no value: give one, e\.g\. student\.name=…"),
     mistake("teacher=local", r"teacher\.name has no value"),
-    mistake("loss=kl", r"kl.*\n.*forward_kl, jsd, reverse_kl"),
+    mistake("loss=kl", r"kl.*\n.*forward_kl, gold, jsd, reverse_kl, uld"),
     mistake("kd_ratio=${run.ratio}", r"'run\.ratio' not found"),
 ]
 
