@@ -152,7 +152,9 @@ def test_greedy_rollouts_are_those_of_the_hugging_face_model(engine):
     policy = engine.policy
     greedy = engine.generate(PROMPTS, 2, replace(SAMPLING, temperature=0.0), SEEDS)
     for prompt, first, second in zip(PROMPTS, greedy[::2], greedy[1::2], strict=True):
-        expected = policy.vlm.generate(policy.prompts([prompt]), 24, policy.stop_ids)[0].tolist()
+        prompt_ids = policy.prompts([prompt])
+        stops = policy.stop_ids, policy.forbidden_ids
+        expected = policy.vlm.generate(prompt_ids, 24, *stops)[0].tolist()
         assert first.response_ids == second.response_ids == expected[: len(first.response_ids)]
         assert first.finished == (expected[-1] == policy.stop_ids[0])
         assert first.finished or len(first.response_ids) == 24
