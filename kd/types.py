@@ -6,7 +6,10 @@ C chunk of targets, D hidden, V vocabulary, K support of a teacher's distributio
 
 from __future__ import annotations
 
+import array
 import dataclasses
+import functools
+import hashlib
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -69,6 +72,38 @@ class Rollout:
     def is_reference(self) -> bool:
         """Whether it is also learnt by cross-entropy: the student's own samples never are."""
         return self.policy != "student"
+
+
+@dataclass
+class Response:
+    """A response as the teacher reads it: in its own rendering and its own tokens."""
+
+    sample: Sample
+    prompt_ids: list[int]
+    """With image placeholders expanded."""
+    response_ids: list[int]
+
+    @functools.cached_property
+    def key(self) -> bytes:
+        """Of all that a given teacher's word on it depends on: prompt, images and response."""
+        images = [
+            f"{image.mode} {image.size}".encode() + image.tobytes() for image in self.sample.images
+        ]
+        return digest(ids_bytes(self.prompt_ids), ids_bytes(self.response_ids), *images)
+
+
+def ids_bytes(ids: list[int]) -> bytes:
+    """Token ids as bytes, for hashing."""
+    return array.array("q", ids).tobytes()
+
+
+def digest(*parts: bytes) -> bytes:
+    """16 bytes of several parts; where one ends and the next begins counts."""
+    hashed = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        hashed.update(len(part).to_bytes(8, "little"))
+        hashed.update(part)
+    return hashed.digest()
 
 
 @dataclass
@@ -142,6 +177,8 @@ class Batch:
     """None: both have one tokenizer, and meet at every token."""
     num_unaligned: int = 0
     """Responses that have no KD because the two tokenizers do not meet in them."""
+    responses: list[Response] = field(default_factory=list)
+    """The rollouts as the teacher reads them: its target rows, one response after the other."""
 
     @property
     def samples(self) -> list[Sample]:
@@ -219,8 +256,27 @@ class TeacherTargets(Protocol):
 class Teacher(Protocol):
     """A frozen model, wherever it lives."""
 
+    def expect(self, batches: list[Batch]) -> None:
+        """Say which (CPU) batches come next, in order: it may begin to work on them. Collective."""
+        ...
+
     def targets(self, batch: Batch) -> TeacherTargets | None:
-        """Targets for the rows `batch.teacher.target_rows_N`; None: there is no teacher."""
+        """Targets for the rows `batch.teacher.target_rows_N`; None: there is no teacher.
+
+        Collective, unless the batch is expected by now and the teacher is no model of these ranks.
+        """
+        ...
+
+    def stop_ids(self, eos_token_id: int) -> list[int]:
+        """What ends its responses: the EOS of its tokenizer first, then what its settings add."""
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """What there is to say of its work so far, over all ranks. Collective."""
+        ...
+
+    def close(self) -> None:
+        """Let go of what it holds, with everything written that is to be kept."""
         ...
 
 

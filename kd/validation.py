@@ -14,7 +14,7 @@ from kd.metrics import LossSum
 from kd.model import Student, cut
 from kd.parallel import World
 from kd.rollout import Policy, Rejections
-from kd.teacher import LocalTeacher, NoTeacher
+from kd.teacher import BaseTeacher
 from kd.types import Batch, Sample, UserError
 
 log = logging.getLogger("kd")
@@ -39,7 +39,7 @@ class Validator:
         self.teacher_answers: dict[str, str] = {}
 
     @torch.no_grad()
-    def losses(self, student: Student, teacher: LocalTeacher | NoTeacher) -> dict[str, float]:
+    def losses(self, student: Student, teacher: BaseTeacher) -> dict[str, float]:
         """val/loss, val/ce and val/kd per target token, from the training objective itself."""
         losses = LossSum(self.world.device)
         rejections = Rejections(self.on_broken_row)

@@ -30,7 +30,7 @@ from kd.parallel import World
 from kd.plan import print_plan
 from kd.rollout import Parts, Policy
 from kd.rundir import RunDir
-from kd.teacher import LocalTeacher, NoTeacher
+from kd.teacher import NoTeacher
 from kd.types import AgreedError, Batch, Source, UserError
 from kd.validation import Validator
 from kd.watch import rollout_records
@@ -56,14 +56,17 @@ class VlmKD:
         if cfg.parallel.activation_checkpointing:
             self.student.checkpoint_activations()
         self.student.distribute(world, cfg.parallel)
-        self.teacher = cfg.asked_teacher.build_teacher(self.teacher_processor, world, cfg.parallel)
+        student_vocab = model.get_output_embeddings().out_features
+        self.teacher = cfg.asked_teacher.build_teacher(
+            self.teacher_processor, world, cfg.parallel, student_vocab
+        )
         # A teacher may be there only to respond.
         self.judge = self.teacher if cfg.kd_ratio > 0 else NoTeacher()
         self.optimizer, self.scheduler = cfg.optim.build(self.student, cfg.train.max_steps)
         self.collator = self.build_collator()
         self.student_policy = self.policy(self.student, self.collator.student)
         self.teacher_policy = None
-        if isinstance(self.teacher, LocalTeacher):
+        if self.teacher.vlm is not None:
             self.teacher_policy = self.policy(self.teacher.vlm, self.collator.renderers[-1])
         self.source = self.build_source()
         self.validator = self.build_validator()
@@ -98,7 +101,7 @@ class VlmKD:
             kwargs = cfg.teacher.processor.chat_template_kwargs
             teacher_renderer = Renderer(self.teacher_processor, kwargs)
         if pairing is not None and pairing.by_bytes:
-            sides = (self.student, renderer), (self.teacher.vlm, teacher_renderer)
+            sides = (self.student, renderer), (self.teacher, teacher_renderer)
             aligner = Aligner(
                 *(TokenBytes(r.processor.tokenizer, m.stop_ids(r.eos_token_id)) for m, r in sides)
             )
@@ -196,6 +199,7 @@ class VlmKD:
             failed = False
         finally:
             self.source.close()
+            self.teacher.close()
             logger.close(failed=failed)
             self.run_dir.write_status("failed" if failed else "finished", self.step)
             if self.world.is_main:
@@ -221,6 +225,8 @@ class VlmKD:
             counts = max(1, num_targets), max(1, num_kd_targets)
             if problems:
                 world.agree(problem)
+            with timer("teacher"):
+                self.judge.expect(batches)
             losses = LossSum(self.device)
             self.trained.clear()
             for i, cpu_batch in enumerate(batches):
@@ -258,6 +264,7 @@ class VlmKD:
             "align/coverage": num_aligned / max(1, num_targets),
             "align/unaligned": num_unaligned,
             **self.source.metrics(),
+            **self.judge.metrics(),
         }
 
     def take(self) -> tuple[list[Batch], str | None]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from kd.align import AlignedResponse, Aligner, Alignment, Groups
 from kd.data.base import RowError
 from kd.data.render import Prompt, Renderer
-from kd.types import IGNORE_INDEX, Batch, Inputs, Rejected, Rollout, Sample
+from kd.types import IGNORE_INDEX, Batch, Inputs, Rejected, Response, Rollout, Sample
 
 BLANK_PX = 32
 
@@ -85,6 +85,10 @@ class Collator:
         labels_BS.view(-1)[student.target_rows_N] = labels_N
         rollouts = [row.rollout for row in kept]
         batch = Batch(student, teacher, labels_BS, labels_N, rollouts, rejected)
+        batch.responses = [
+            Response(row.rollout.sample, row.prompts[-1].ids_S.tolist(), row.aligned.teacher_ids)
+            for row in kept
+        ]
         if self.aligner is not None:
             batch.groups = _groups([row.aligned for row in filled])
             batch.num_unaligned = sum(row.aligned.problem is not None for row in filled)

@@ -1,6 +1,14 @@
 """Models: where they come from, how they are frozen and sharded, what they compute."""
 
-from kd.model.compare import ALIGNMENTS, Pairing, pair, same_rendering, tokenizer_difference
+from kd.model.compare import (
+    ALIGNMENTS,
+    Pairing,
+    pair,
+    rendering_digest,
+    same_rendering,
+    tokenizer_difference,
+    tokenizer_digest,
+)
 from kd.model.spec import (
     ModelConfig,
     PretrainedModel,
@@ -25,6 +33,8 @@ __all__ = [
     "TrainedModel",
     "cut",
     "pair",
+    "rendering_digest",
     "same_rendering",
     "tokenizer_difference",
+    "tokenizer_digest",
 ]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
@@ -79,12 +82,30 @@ def tokenizer_difference(
 
 def same_rendering(student: ProcessorMixin, teacher: ProcessorMixin) -> bool:
     """Whether both turn a prompt with images into the same model inputs."""
+    same_words = student.tokenizer.get_vocab() == teacher.tokenizer.get_vocab()
+    return same_words and _rendering(student) == _rendering(teacher)
 
-    def identity(processor: ProcessorMixin) -> tuple:
-        images = processor.image_processor.to_dict()
-        images.pop("image_processor_type", None)
-        # Numbers of its own, such as how many tokens stand for an image.
-        own = {key: x for key, x in processor.to_dict().items() if not isinstance(x, dict)}
-        return processor.chat_template, images, own, processor.tokenizer.get_vocab()
 
-    return type(student) is type(teacher) and identity(student) == identity(teacher)
+def _rendering(processor: ProcessorMixin) -> tuple:
+    """All but the tokenizer that decides what a prompt is turned into."""
+    images = processor.image_processor.to_dict()
+    images.pop("image_processor_type", None)
+    # Numbers of its own, such as how many tokens stand for an image.
+    own = {key: x for key, x in processor.to_dict().items() if not isinstance(x, dict)}
+    return type(processor).__name__, processor.chat_template, images, own
+
+
+def tokenizer_digest(processor: ProcessorMixin) -> str:
+    """Equal where a token id means the same, in `tokenizer_difference`'s sense."""
+    tokenizer = processor.tokenizer
+    return _digest([sorted(tokenizer.get_vocab().items()), tokenizer.eos_token_id])
+
+
+def rendering_digest(processor: ProcessorMixin, chat_template_kwargs: dict) -> str:
+    """Equal where prompts with images are turned into the same tokens and pixels."""
+    return _digest([_rendering(processor), chat_template_kwargs])
+
+
+def _digest(values: Any) -> str:
+    text = json.dumps(values, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

@@ -18,8 +18,8 @@ from typing import Any
 import httpx
 
 from kd.parallel import DTYPES
+from kd.remote import Fault, client
 from kd.rollout.engine import Engine, EngineConfig, Policy, Sampling
-from kd.rollout.http import Fault, client
 from kd.rollout.vllm_chat import Answer, chat_request, read_answer
 from kd.rollout.vllm_handshake import check_prompt, handshake, prompt_ids
 from kd.rollout.vllm_servers import Servers, Weights

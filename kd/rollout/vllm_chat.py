@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import io
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from PIL import Image
-
+from kd.remote import Fault, messages
 from kd.rollout.engine import Policy, Sampling
-from kd.rollout.http import Fault
 from kd.rollout.vllm_servers import Held
 from kd.types import Sample, UserError
 
@@ -84,28 +79,6 @@ def _response(url: str, choice: dict[str, Any], stop_ids: list[int]) -> Response
             f"ids are {stop_ids}"
         )
     return Response(ids, reason == "stop" and ids != [])
-
-
-def messages(sample: Sample) -> list[dict[str, Any]]:
-    """The messages of `sample`, with its images in their places as data URIs."""
-    images = iter(sample.images)
-    return [
-        {**message, "content": _content(message["content"], images)} for message in sample.messages
-    ]
-
-
-def _content(content: str | list[dict[str, Any]], images: Iterator[Image.Image]) -> Any:
-    if isinstance(content, str):
-        return content
-    return [_image_part(next(images)) if part["type"] == "image" else part for part in content]
-
-
-def _image_part(image: Image.Image) -> dict[str, Any]:
-    buffer = io.BytesIO()
-    # As the processor converts it: the server would put what is transparent on white.
-    image.convert("RGB").save(buffer, "PNG", compress_level=1)
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
 
 
 def _spread(seed: int) -> int:

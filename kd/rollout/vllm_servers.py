@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import httpx
 
-from kd.rollout.http import Fault, request_json
+from kd.remote import Fault, request_json
 from kd.types import UserError
 
 PROBE_TIMEOUT_S = 30.0

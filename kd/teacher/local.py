@@ -1,61 +1,19 @@
-"""A teacher on the same ranks as the student, and none at all."""
+"""A teacher on the same ranks as the student."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, ProcessorMixin
 
-from kd.align import AlignedTargets, Groups, MatchedVocabulary
-from kd.model import ALIGNMENTS, FrozenVLM, PretrainedModel
+from kd.align import AlignedTargets
+from kd.model import FrozenVLM, PretrainedModel
 from kd.parallel import ParallelConfig, World
+from kd.teacher.base import BaseTeacher, Head, TeacherConfig
 from kd.types import Batch, DenseTargets, UserError
-
-
-@dataclass
-class TeacherConfig:
-    """Base of the `teacher` options."""
-
-    alignment: str = "auto"
-    """How its tokens meet the student's: tokens (one by one), bytes (groups that spell the same,
-    for loss=uld and loss=gold), or auto: by tokens where both have one tokenizer."""
-
-    def validate(self, key: str) -> None:
-        """Refuse values out of range."""
-        if self.alignment not in ALIGNMENTS:
-            raise UserError(f"{key}.alignment={self.alignment}: use {', '.join(ALIGNMENTS)}")
-
-    def build_processor(self, corpus: Callable[[], list[str]]) -> ProcessorMixin | None:
-        """The teacher's processor; None: there is no teacher."""
-        raise NotImplementedError
-
-    def build_teacher(
-        self, processor: ProcessorMixin | None, world: World, parallel: ParallelConfig
-    ) -> LocalTeacher | NoTeacher:
-        """Load and distribute."""
-        raise NotImplementedError
-
-    def meta_model(self) -> PreTrainedModel | None:
-        """The teacher on the meta device, for counting; None: nothing is loaded."""
-        raise NotImplementedError
-
-
-@dataclass
-class NoTeacherConfig(TeacherConfig):
-    """No teacher: cross-entropy alone."""
-
-    def build_processor(self, corpus: Callable[[], list[str]]) -> None:
-        """There is none."""
-
-    def build_teacher(
-        self, processor: ProcessorMixin | None, world: World, parallel: ParallelConfig
-    ) -> NoTeacher:
-        """Nothing is loaded."""
-        return NoTeacher()
-
-    def meta_model(self) -> None:
-        """There is none."""
 
 
 @dataclass
@@ -65,42 +23,99 @@ class LocalTeacherConfig(PretrainedModel, TeacherConfig):
     dtype: str = "bfloat16"
     cpu_offload: bool = False
     """Keep the sharded weights in host memory and copy each block to the device when it runs."""
+    offload: bool = False
+    """Keep the model in host memory between its uses: it comes to the device once per optimizer
+    step, for all micro-batches of the step. Its head stays there."""
 
     def validate(self, key: str) -> None:
         """Refuse values out of range."""
         PretrainedModel.validate(self, key)
         TeacherConfig.validate(self, key)
+        if self.cpu_offload and self.offload:
+            raise UserError(
+                f"{key}.cpu_offload and {key}.offload: the first keeps the weights in host memory "
+                "all the time, the second between uses; choose one"
+            )
+
+    @property
+    def can_respond(self) -> bool:
+        """It is a model of these ranks, and on their devices."""
+        return not self.offload
 
     def build_teacher(
-        self, processor: ProcessorMixin | None, world: World, parallel: ParallelConfig
-    ) -> LocalTeacher:
+        self,
+        processor: ProcessorMixin | None,
+        world: World,
+        parallel: ParallelConfig,
+        student_vocab: int,
+    ) -> LocalTeacher | OffloadedTeacher:
         """Load and shard; only rank 0 reads the weights."""
         assert processor is not None
         vlm = FrozenVLM(self.build(processor, with_weights=world.is_main))
         vlm.distribute(world, parallel, cpu_offload=self.cpu_offload)
-        return LocalTeacher(vlm)
+        return OffloadedTeacher(vlm, world) if self.offload else LocalTeacher(vlm)
+
+    def meta_model(self) -> PreTrainedModel:
+        """The teacher on the meta device, for counting."""
+        return PretrainedModel.meta_model(self)
 
 
-class NoTeacher:
-    """Serves nothing; for `kd_ratio=0`."""
-
-    def targets(self, batch: Batch) -> None:
-        """No targets."""
-
-
-class LocalTeacher:
+class LocalTeacher(BaseTeacher):
     """Serves the whole distribution of every target row."""
 
     def __init__(self, vlm: FrozenVLM) -> None:
         self.vlm = vlm
-        self.matched: MatchedVocabulary | None = None
-        """The tokens that the student's vocabulary has as well, where the tokenizers differ."""
 
     def targets(self, batch: Batch) -> DenseTargets | AlignedTargets:
         """Hidden states of the response rows in its own rendering, and the head."""
         dense = self.vlm.targets(batch.teacher)
-        if not isinstance(batch.groups, Groups):
-            return dense
-        assert self.matched is not None
-        head = dense.weight_VD, dense.bias_V
-        return AlignedTargets(dense.hidden_ND, *head, batch.groups, self.matched)
+        return Head(dense.weight_VD, dense.bias_V).targets(dense.hidden_ND, batch, self.matched)
+
+    def stop_ids(self, eos_token_id: int) -> list[int]:
+        """See `Teacher`."""
+        return self.vlm.stop_ids(eos_token_id)
+
+
+class OffloadedTeacher(BaseTeacher):
+    """One whose weights are on the device only while it works on the batches of a step.
+
+    It does not generate: `vlm` is None.
+    """
+
+    def __init__(self, model: FrozenVLM, world: World) -> None:
+        self.model, self.device = model, world.device
+        self.head: Head | None = None
+        self.num_swaps = 0
+        self._hidden: dict[int, Tensor] = {}
+        """Of the batches expected, by the identity of their rollouts, which device copies share."""
+        _move(model, "cpu")
+
+    def expect(self, batches: list[Batch]) -> None:
+        """Work on all of them with one swap. Collective."""
+        _move(self.model, self.device)
+        for batch in batches:
+            dense = self.model.targets(batch.teacher.to(self.device))
+            self._hidden[id(batch.rollouts)] = dense.hidden_ND
+            if self.head is None:  # a copy: the gathered one goes with the model
+                bias_V = None if dense.bias_V is None else dense.bias_V.clone()
+                self.head = Head(dense.weight_VD.clone(), bias_V)
+        _move(self.model, "cpu")
+        self.num_swaps += 1
+
+    def targets(self, batch: Batch) -> DenseTargets | AlignedTargets:
+        """Of a batch that was expected, or else with a swap of its own."""
+        if id(batch.rollouts) not in self._hidden:
+            self.expect([batch])
+        assert self.head is not None
+        return self.head.targets(self._hidden.pop(id(batch.rollouts)), batch, self.matched)
+
+    def stop_ids(self, eos_token_id: int) -> list[int]:
+        """See `Teacher`."""
+        return self.model.stop_ids(eos_token_id)
+
+
+def _move(model: FrozenVLM, device: torch.device | str) -> None:
+    for module in model.modules():  # what is gathered would stay where it is
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    model.to(device)

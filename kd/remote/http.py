@@ -1,4 +1,4 @@
-"""JSON over HTTP: a failure is either worth another try (`Fault`) or the user's to mend."""
+"""Requests over HTTP: a failure is either worth another try (`Fault`) or the user's to mend."""
 
 from __future__ import annotations
 
@@ -15,9 +15,13 @@ OVERLOADED = (408, 425, 429)
 class Fault(Exception):
     """A server that is away, slow, overloaded or broken. `answered`: it has said so itself."""
 
-    def __init__(self, what: str, *, answered: bool = False) -> None:
+    def __init__(
+        self, what: str, *, answered: bool = False, retry_after_s: float | None = None
+    ) -> None:
         super().__init__(what)
         self.answered = answered
+        self.retry_after_s = retry_after_s
+        """When an overloaded server wants to be asked again; None: it is not just overloaded."""
 
 
 def client(connections: int) -> httpx.AsyncClient:
@@ -35,6 +39,19 @@ async def request_json(
     Raises Fault after `timeout_s`, where no connection is made or kept, for a status of 500 or
     more and for an answer that is no JSON object; UserError for any other status but 200.
     """
+    return _object(url, await _exchange(client, url, payload, timeout_s))
+
+
+async def request_bytes(
+    client: httpx.AsyncClient, url: str, payload: dict[str, Any] | None, timeout_s: float
+) -> bytes:
+    """The same, but the answer as it is."""
+    return (await _exchange(client, url, payload, timeout_s)).content
+
+
+async def _exchange(
+    client: httpx.AsyncClient, url: str, payload: dict[str, Any] | None, timeout_s: float
+) -> httpx.Response:
     try:
         async with asyncio.timeout(timeout_s):
             reply = await (client.get(url) if payload is None else client.post(url, json=payload))
@@ -44,10 +61,19 @@ async def request_json(
         raise Fault(f"{url}: {str(error) or type(error).__name__}") from error
     status = reply.status_code
     if status >= 500 or status in OVERLOADED:
-        raise Fault(f"{url} answers {status}: {_message(reply)}", answered=True)
+        wait = _retry_after_s(reply) if status == 429 else None
+        said = f"{url} answers {status}: {_message(reply)}"
+        raise Fault(said, answered=True, retry_after_s=wait)
     if status != 200:
         raise UserError(f"{url} refuses the request ({status}): {_message(reply)}")
-    return _object(url, reply)
+    return reply
+
+
+def _retry_after_s(reply: httpx.Response) -> float:
+    try:
+        return min(60.0, max(0.0, float(reply.headers["retry-after"])))
+    except (KeyError, ValueError):
+        return 1.0
 
 
 def _object(url: str, reply: httpx.Response) -> dict[str, Any]:
