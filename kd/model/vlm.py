@@ -130,17 +130,23 @@ class VLM(nn.Module):
 
 
 @contextlib.contextmanager
-def _unhooked(groups: list[nn.Module]) -> Iterator[None]:
-    """Without the hooks of FSDP2: they would reshard, and take a tenth of a small model's time."""
-    hooks = [h for group in groups for h in (group._forward_pre_hooks, group._forward_hooks)]
-    kept = [dict(h) for h in hooks]
-    for h in hooks:
-        h.clear()
+def _unhooked(groups: list[FSDPModule]) -> Iterator[None]:
+    """Without the hooks of FSDP2: they would reshard, and take a tenth of a small model's time.
+
+    Other hooks stay: transformers collects hidden states by them, some of which are image features.
+    """
+    states = [group._get_fsdp_state() for group in groups]
+    handles = [h for s in states for h in (s._pre_forward_hook_handle, s._post_forward_hook_handle)]
+    held = [(handle.hooks_dict_ref(), dict(handle.hooks_dict_ref())) for handle in handles]
+    for handle in handles:
+        handle.hooks_dict_ref().pop(handle.id)
     try:
         yield
     finally:
-        for h, own in zip(hooks, kept, strict=True):
-            h.update(own)
+        for hooks, before in held:
+            whole = before | dict(hooks)  # in the old order
+            hooks.clear()
+            hooks.update(whole)
 
 
 class _Forbid(LogitsProcessor):

@@ -6,12 +6,13 @@ Images are 32 to 64 pixels, and every family that tiles, crops or resizes an ima
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -84,18 +85,49 @@ QWEN_VISION = {
 MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}
 
 
-def tokenizer(specials: list[str], eos: str, pad: str, **named: Any) -> PreTrainedTokenizerFast:
+def tokenizer(
+    specials: list[str], eos: str, pad: str, merges: int = 44, **named: Any
+) -> PreTrainedTokenizerFast:
     """A byte-level BPE; `named` are the special tokens that a processor asks it for by name."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=300 + len(specials),
+        vocab_size=256 + merges + len(specials),
         special_tokens=specials,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     bpe.train_from_iterator(TEXTS, trainer)
+    return with_specials(bpe, specials, eos, pad, named)
+
+
+def sentencepiece(specials: list[str], eos: str, pad: str, **named: Any) -> PreTrainedTokenizerFast:
+    """A BPE of characters with a byte fallback, spaces written as ▁: Gemma's kind."""
+    bpe = Tokenizer(models.BPE())
+    bpe.normalizer = normalizers.Replace(" ", "▁")
+    bpe.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+    trainer = trainers.BpeTrainer(
+        vocab_size=70, special_tokens=[*specials, "<unk>"], show_progress=False
+    )
+    bpe.train_from_iterator(TEXTS, trainer)
+    model = json.loads(bpe.to_str())["model"]
+    pieces = [*model["vocab"], *(f"<0x{byte:02X}>" for byte in range(256))]
+    bpe.model = models.BPE(
+        {piece: i for i, piece in enumerate(pieces)},
+        [tuple(pair) for pair in model["merges"]],
+        unk_token="<unk>",
+        byte_fallback=True,
+    )
+    bpe.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    return with_specials(bpe, specials, eos, pad, {"unk_token": "<unk>", **named})
+
+
+def with_specials(
+    bpe: Tokenizer, specials: list[str], eos: str, pad: str, named: dict[str, str]
+) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         eos_token=eos,
@@ -220,7 +252,7 @@ def qwen2_5_vl() -> Built:
 def gemma3() -> Built:
     boi, eoi, image = "<start_of_image>", "<end_of_image>", "<image_soft_token>"
     specials = ["<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>", boi, eoi, image]
-    words = tokenizer(
+    words = sentencepiece(
         specials, "<end_of_turn>", "<pad>", boi_token=boi, eoi_token=eoi, image_token=image
     )
     processor = Gemma3Processor(
@@ -255,7 +287,7 @@ def internvl() -> Built:
         "video_token": "<video>",
     }
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *names.values()]
-    words = tokenizer(specials, "<|im_end|>", "<|endoftext|>", **names)
+    words = tokenizer(specials, "<|im_end|>", "<|endoftext|>", merges=20, **names)
     square = {"height": 32, "width": 32}
     processor = InternVLProcessor(
         image_processor=GotOcr2ImageProcessor(
@@ -280,7 +312,7 @@ def internvl() -> Built:
 def llava_onevision() -> Built:
     names = {"image_token": "<image>", "video_token": "<video>"}
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *names.values()]
-    words = tokenizer(specials, "<|im_end|>", "<|endoftext|>", **names)
+    words = tokenizer(specials, "<|im_end|>", "<|endoftext|>", merges=20, **names)
     square = {"height": 32, "width": 32}
     grid = [[32, 32], [32, 64], [64, 32], [64, 64]]
     processor = LlavaOnevisionProcessor(
@@ -348,7 +380,8 @@ def smolvlm() -> Built:
 
 def mistral3() -> Built:
     image = ["[IMG]", "[IMG_BREAK]", "[IMG_END]"]
-    words = tokenizer(["<s>", "</s>", "<pad>", "[INST]", "[/INST]", *image], "</s>", "<pad>")
+    specials = ["<s>", "</s>", "<pad>", "[INST]", "[/INST]", *image]
+    words = tokenizer(specials, "</s>", "<pad>", merges=30)
     processor = PixtralProcessor(
         image_processor=PixtralImageProcessor(
             size={"longest_edge": 64}, patch_size={"height": 8, "width": 8}
@@ -404,7 +437,7 @@ def lfm2_vl() -> Built:
 def llava() -> Built:
     names = {"image_token": "<image>"}
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *names.values()]
-    words = tokenizer(specials, "<|im_end|>", "<|endoftext|>", **names)
+    words = tokenizer(specials, "<|im_end|>", "<|endoftext|>", merges=20, **names)
     processor = LlavaProcessor(
         image_processor=CLIPImageProcessor(
             size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}

@@ -341,6 +341,17 @@ def test_sharded_it_has_the_same_loss_and_exports(family: Family, world: World, 
     assert torch.equal(other.distill(again, targets, again.num_targets).loss.detach(), stepped)
 
 
+def test_sharded_and_gathered_it_answers_the_same(family: Family, world: World):
+    """Also after a forward: the hooks that some collect image features by must stay."""
+    collate, vlm = family.collator(), FrozenVLM(family.model())
+    arguments = collate.prompts(ROWS), 4, [family.processor.tokenizer.eos_token_id], []
+    expected = vlm.generate(*arguments)
+    vlm.distribute(world, ParallelConfig(device="cpu"))
+    for _ in range(2):
+        with vlm.gathered():
+            assert torch.equal(vlm.generate(*arguments), expected)
+
+
 def test_sharded_it_runs_in_bfloat16(family: Family, world: World):
     batch, teacher = family.collator()(ROWS), family.teacher()
     student = Student(family.model(), ForwardKLConfig().build(0.0))

@@ -1,0 +1,98 @@
+"""Whole runs from a teacher of one family to a student of another, on rows with and without images.
+
+Their tokenizers, chat templates, image processors and numbers of image tokens all differ.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from statistics import mean
+
+import pytest
+from PIL import Image
+from transformers import AutoModelForImageTextToText
+
+from kd.data import Renderer
+from tests.conftest import metrics
+from tests.model.families import FAMILIES, write
+
+PAIRS = [
+    ("qwen3_5_hybrid", "lfm2_vl"),
+    ("gemma3", "qwen3_vl"),
+    ("internvl", "idefics3"),
+    ("llava_onevision", "mistral3"),
+]
+ANSWERS = {"red": "A red square.", "blue": "A blue circle.", None: "What is in the picture?"}
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> list[str]:
+    """Overrides of qwen_vl_kd: rows with one image, with two and with none, each in two sizes."""
+    lines = []
+    for i in range(16):
+        color, count = ("red", "blue")[i % 2], (1, 1, 0, 2)[i // 2 % 4]
+        name = f"{color}_{32 + 32 * (i // 8)}.png"
+        Image.new("RGB", (64, 32 + 32 * (i // 8)), color).save(tmp_path / name)
+        images = [{"type": "image", "path": name}] * count
+        content = [*images, {"type": "text", "text": "What is in the picture?"}]
+        answer = ANSWERS[color if count else None]
+        turns = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+        lines.append(json.dumps({"messages": turns}))
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    return [
+        *("student=pretrained", "student.export_dtype=float32", "parallel=fsdp"),
+        *("data=conversations", f"data.path={tmp_path / 'rows.jsonl'}", "data.num_workers=0"),
+        *("data.val_samples=null", "train.global_batch_size=8", "train.micro_batch_size=8"),
+        *("train.save_every=null", "optim.lr=0.02", "optim.schedule=constant"),
+    ]
+
+
+def values(run: Path, key: str) -> list[float]:
+    """Of all steps."""
+    return list(metrics(run, key).values())
+
+
+def check_finite_and_aligned(run: Path, coverage: float) -> None:
+    for key in ("train/loss", "train/ce", "train/kd", "train/grad_norm"):
+        assert all(map(math.isfinite, values(run, key))), key
+    assert all(norm > 0 for norm in values(run, "train/grad_norm"))
+    assert mean(values(run, "align/coverage")) >= coverage
+
+
+@pytest.mark.parametrize("families", PAIRS, ids=" to ".join)
+def test_a_student_of_another_family_learns(train, base, tmp_path, caplog, families):
+    caplog.set_level("INFO", logger="kd")
+    teacher, student = (tmp_path / family for family in families)
+    write(families[0], teacher, seed=1)
+    write(families[1], student, seed=0)
+    ce = [*base, "teacher=none", "kd_ratio=0", f"student.name={teacher}", "train.max_steps=15"]
+    teacher = train("qwen_vl_kd", "teacher", *ce) / "export"
+    base += ["teacher=local", f"teacher.name={teacher}", "teacher.dtype=float32"]
+
+    for loss in ("gold", "uld"):
+        reads = ["kd_ratio=0.5", "train.max_steps=8", f"student.name={student}", f"loss={loss}"]
+        run = train("qwen_vl_kd", loss, *base, *reads)
+        assert "by groups of tokens that spell the same (different tokenizers: " in caplog.text
+        check_finite_and_aligned(run, coverage=1)
+        assert set(values(run, "align/unaligned")) == {0}
+        for key in ("train/loss", "train/kd", "train/ce"):
+            losses = values(run, key)
+            assert mean(losses[-2:]) < 0.8 * mean(losses[:2]), key
+
+        # Its export goes on: a student that can spell some words already.
+        own = ["kd_ratio=1", "rollout=student", f"student.name={run / 'export'}", f"loss={loss}"]
+        own += ["rollout.window_steps=2", "rollout.sampling.max_new_tokens=8", "optim.lr=0.003"]
+        run = train("qwen_vl_kd", f"{loss}_own", *base, *own, "rollout.sampling.temperature=0.7")
+        check_finite_and_aligned(run, coverage=0.8)
+        AutoModelForImageTextToText.from_pretrained(run / "export")
+        if loss == "uld":  # gold's is too flat here to fall in so few steps
+            assert mean(values(run, "train/kd")[-2:]) < mean(values(run, "train/kd")[:2])
+
+
+@pytest.mark.parametrize("families", PAIRS, ids=" to ".join)
+def test_the_tokenizers_of_a_pair_split_the_answers_otherwise(families):
+    renderers = [Renderer(FAMILIES[family]()[1]) for family in families]
+    student, teacher = ([len(r.response(answer)) for answer in ANSWERS.values()] for r in renderers)
+    assert student != teacher
