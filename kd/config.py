@@ -13,6 +13,7 @@ from kd.checkpoint import CheckpointConfig
 from kd.data import ConversationsConfig, DataConfig, DigitsConfig, MedPixConfig
 from kd.logger import DefaultLoggerConfig, LoggerConfig, WandbLoggerConfig
 from kd.loss import (
+    AlignedLossConfig,
     ForwardKLConfig,
     GOLDConfig,
     JSDConfig,
@@ -33,7 +34,13 @@ from kd.rollout import (
     VllmEngineConfig,
 )
 from kd.rundir import RunConfig
-from kd.teacher import LocalTeacherConfig, NoTeacherConfig, TeacherConfig
+from kd.teacher import (
+    KdServe,
+    LocalTeacherConfig,
+    NoTeacherConfig,
+    ServerTeacherConfig,
+    TeacherConfig,
+)
 from kd.types import UserError
 
 
@@ -136,7 +143,12 @@ class VlmKDConfig:
 
 OPTIONS: dict[str, dict[str, type]] = {
     "student": {"pretrained": PretrainedStudent, "scratch": ScratchModel},
-    "teacher": {"local": LocalTeacherConfig, "none": NoTeacherConfig},
+    "teacher": {
+        "local": LocalTeacherConfig,
+        "server": ServerTeacherConfig,
+        "none": NoTeacherConfig,
+    },
+    "teacher/engine": {"kd": KdServe},
     "data": {
         "digits": DigitsConfig,
         "medpix": MedPixConfig,
@@ -226,6 +238,7 @@ def validate(config: VlmKDConfig) -> None:
         raise UserError(
             "the rollouts are to be a teacher's, but there is none: choose one with teacher=…"
         )
+    _validate_teacher(config)
     if config.rollout.least_student_share == 1 and config.kd_ratio < 1:
         raise UserError(
             f"kd_ratio={config.kd_ratio} asks for cross-entropy, but the student's own samples "
@@ -269,3 +282,36 @@ def validate(config: VlmKDConfig) -> None:
     config.rollout.validate_window(
         config.train.micro_batch_size, config.train.grad_accum, config.data.max_length
     )
+
+
+def _validate_teacher(config: VlmKDConfig) -> None:
+    """Refuse a loss or rollouts that the teacher cannot serve."""
+    teacher, loss = config.teacher, config.loss
+    if config.rollout.teacher_responds and not teacher.can_respond:
+        raise UserError(
+            "this teacher does not generate: choose teacher=local (without teacher.offload), or "
+            "another rollout option"
+        )
+    if teacher.needs_fixed_responses and config.kd_ratio > 0 and not config.rollout.is_fixed:
+        raise UserError(
+            "a cached teacher needs responses that come again, not ones that are generated: choose "
+            "rollout=dataset, or teacher=local or server"
+        )
+    if config.kd_ratio == 0:
+        return
+    if not teacher.is_dense and isinstance(loss, AlignedLossConfig):
+        raise UserError(
+            "loss=uld and loss=gold need the teacher's whole distribution, but this teacher serves "
+            "its top-k: have it serve hidden states, or choose another loss"
+        )
+    fixed = teacher.temperature_fixed
+    if fixed is not None and fixed != loss.temperature:
+        raise UserError(
+            f"the teacher's top-k log-probs are of temperature {fixed:g}, loss.temperature is "
+            f"{loss.temperature:g}: they cannot be changed, set both alike"
+        )
+    if not teacher.keeps_tail and not isinstance(loss, ForwardKLConfig):
+        raise UserError(
+            "without the tail only loss=forward_kl can be taken of a top-k: the others need to "
+            "know what the student does outside of it; keep the tail"
+        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
@@ -45,7 +45,7 @@ class Validator:
         rejections = Rejections(self.on_broken_row)
         num_targets = num_kd_targets = num_rows = 0
         problem = None
-        for batch in self.batches():
+        for batch in told_ahead(self.batches(), teacher):
             num_targets += batch.num_targets
             num_kd_targets += batch.num_kd_targets
             num_rows += len(batch.samples)
@@ -126,6 +126,18 @@ class Validator:
             ids = (sample.id for sample in batch.samples)
             self.teacher_answers |= dict(zip(ids, answers, strict=False))
         return self.teacher_answers
+
+
+def told_ahead(batches: Iterable[Batch], teacher: BaseTeacher) -> Iterator[Batch]:
+    """The batches, while the teacher knows of the one after each."""
+    held = None
+    for batch in batches:
+        teacher.expect([batch])
+        if held is not None:
+            yield held
+        held = batch
+    if held is not None:
+        yield held
 
 
 def mix(ce: float, kd: float, kd_ratio: float) -> float:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from kd.rollout.ahead import Ahead
 from kd.rollout.dataset import DatasetSource
 from kd.rollout.engine import EngineConfig, Policy, Sampling
 from kd.rollout.generated import GeneratedSource, Generator
 from kd.rollout.hf import HFEngineConfig
 from kd.rollout.parts import Parts
 from kd.rollout.window import Mix, Partition
-from kd.types import UserError
+from kd.types import Source, UserError
 
 OFF_POLICY = ("dataset", "teacher")
 
@@ -45,7 +46,12 @@ class RolloutConfig:
         """Whether the teacher generates."""
         return False
 
-    def build(self, parts: Parts) -> DatasetSource | GeneratedSource:
+    @property
+    def is_fixed(self) -> bool:
+        """Whether every epoch has the same responses."""
+        return False
+
+    def build(self, parts: Parts) -> Source:
         """The source. Collective."""
         raise NotImplementedError
 
@@ -59,10 +65,16 @@ class DatasetRollout(RolloutConfig):
         """See the base class."""
         return True
 
-    def build(self, parts: Parts) -> DatasetSource:
+    @property
+    def is_fixed(self) -> bool:
+        """See the base class."""
+        return True
+
+    def build(self, parts: Parts) -> DatasetSource | Ahead:
         """See the base class."""
         stream = parts.stream(parts.collate, parts.micro_batch_size)
-        return DatasetSource(stream, parts.on_broken_row, parts.world)
+        source = DatasetSource(stream, parts.on_broken_row, parts.world)
+        return source if parts.told_ahead is None else Ahead(source, parts.told_ahead)
 
 
 @dataclass

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from kd.parallel import World
 from kd.rollout.engine import Policy
-from kd.types import Batch, Rejected, Rollout, Sample
+from kd.types import Batch, Rejected, Rollout, Sample, Teacher
 
 
 class Stream(Protocol):
@@ -63,6 +63,8 @@ class Parts:
     student: Policy
     teacher: Policy | None
     """None: there is no teacher that could respond."""
+    told_ahead: Teacher | None
+    """Who is told of the batches of the next step while this one is trained on; None: nobody."""
     micro_batch_size: int
     grad_accum: int
     seed: int

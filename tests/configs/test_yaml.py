@@ -18,6 +18,8 @@ HOST = "qwen_vl_kd"  # sets nothing of `data`, so that any option fits into it
 NEEDS = {
     "student/pretrained": ["student.name=folder"],
     "teacher/local": ["teacher.name=folder"],
+    "teacher/server": ["teacher.name=folder"],
+    "teacher/engine/kd": ["teacher=server", "teacher.name=folder"],
     "teacher/none": ["kd_ratio=0"],
     "data/conversations": ["data.path=rows.jsonl"],
     "rollout/student": ["kd_ratio=1"],
