@@ -189,11 +189,19 @@ def register() -> None:
 
 def to_object(config: DictConfig) -> VlmKDConfig:
     """The typed config. A key that no dataclass has is refused, also where `+` forced it in."""
+    typed = typed_object(config)
+    if not isinstance(typed, VlmKDConfig):
+        raise UserError("this config is none of kd.run: its defaults list lacks vlm_kd_schema")
+    return typed
+
+
+def typed_object(config: DictConfig) -> Any:
+    """The same, for any root config."""
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise UserError(f"{missing[0]} has no value: give one, e.g. {missing[0]}=…")
     typed = OmegaConf.to_object(config)
-    assert isinstance(typed, VlmKDConfig)
+    assert dataclasses.is_dataclass(typed)
     _refuse_unknown(config, typed, "")
     return typed
 

@@ -1,0 +1,125 @@
+"""What front doors share: ranks are started, and mistakes end in plain words.
+
+A user's mistake ends in one or two plain lines and exit code 2.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from kd.types import UserError
+
+USER_ERRORS = (UserError, HydraException, OmegaConfBaseException)
+
+# Hydra keeps its hands off the file system: the run directory belongs to the recipe, and it must
+# not depend on the clock, or ranks would disagree and a run could not be resumed.
+HYDRA_SETTINGS = (
+    "hydra.run.dir=.",
+    "hydra.output_subdir=null",
+    "hydra/job_logging=none",
+    "hydra/hydra_logging=none",
+)
+
+
+def config_dir() -> str:
+    """The shipped configs: inside the installed package, or beside it in a checkout."""
+    inside = Path(__file__).parent / "configs"
+    return str(inside if inside.is_dir() else Path(__file__).parents[1] / "configs")
+
+
+class RanksFailed(Exception):
+    """A rank that was started here ended with `exit_code`."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__(f"a rank ended with exit code {exit_code}")
+        self.exit_code = exit_code
+
+
+def launch_ranks(module: str, nproc: int, hydra_config: DictConfig, overrides: list[str]) -> None:
+    """Start `nproc` ranks of `python -m module` on this machine and wait for them."""
+    sources = [s.path for s in hydra_config.runtime.config_sources if s.provider == "command-line"]
+    command = ["-m", module, "--config-name", hydra_config.job.config_name]
+    command += [f"--config-dir={path}" for path in sources]
+    settings = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=nproc,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        run_id=f"kd_{os.getpid()}",
+        max_restarts=0,
+        local_addr="localhost",
+    )
+    try:
+        elastic_launch(settings, sys.executable)(*command, *overrides)
+    except ChildFailedError as error:
+        _, failure = error.get_first_failure()
+        raise RanksFailed(failure.exitcode if failure.exitcode > 0 else 1) from None
+
+
+def before_overrides(argv: list[str], settings: list[str]) -> list[str]:
+    """The command line with more overrides; argparse wants all of them in one piece."""
+    first = next((i for i, arg in enumerate(argv) if i and is_override(arg)), len(argv))
+    return [*argv[:first], *settings, *argv[first:]]
+
+
+def is_override(arg: str) -> bool:
+    """Whether an argument is of the kind key=value."""
+    return "=" in arg and not arg.startswith("-")
+
+
+def plain_words(error: Exception) -> str:
+    """At most two lines; Hydra's own, made plainer."""
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    if lines[0].startswith("Could not override"):
+        key = lines[0].split("'")[1]
+        return f"unknown config key {key}; --cfg job shows all keys"
+    if lines[0].startswith("Cannot find primary config"):
+        names = sorted(path.stem for path in Path(config_dir()).glob("*.yaml"))
+        return f"{lines[0].split('.')[0]}; shipped ones: {', '.join(names)}"
+    if lines[0].startswith("Ambiguous value"):
+        return f"{lines[0]}: add -m to run every value, or quote a list as [a,b]"
+    if lines[0].startswith("Error merging override") and error.__cause__ is not None:
+        lines[1:] = str(error.__cause__).splitlines()
+    if len(lines) > 2 and lines[1].startswith("Available options"):
+        options = itertools.takewhile(lambda line: not line.startswith("Config search"), lines[2:])
+        shown = (option for option in options if not option.endswith("_schema"))
+        lines[1] += f" {', '.join(shown)}"
+    return "\n".join(lines[:2])
+
+
+def complain(error: Exception) -> None:
+    """Say what is wrong, and on which rank."""
+    rank = os.environ.get("RANK", "0")
+    prefix = "" if rank == "0" else f"[rank {rank}] "
+    if rank != "0":  # which mostly has the same to say, and then ends all ranks
+        time.sleep(2)
+    print(f"{prefix}error: {plain_words(error)}", file=sys.stderr)
+
+
+def lost_rank(error: RuntimeError) -> bool:
+    """Whether it is what a rank sees when another one has ended; that one has said why."""
+    return any(words in str(error) for words in ("by peer", "remote process exited"))
+
+
+def set_up_messages() -> None:
+    """Our own messages on stderr, and none of the libraries' that say nothing to a user."""
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach us instead of Hydra's printer
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for noisy in ("httpx", "huggingface_hub", "torch.distributed", "datasets"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    # Of a rank that fails, which has said why itself.
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
