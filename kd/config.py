@@ -40,6 +40,7 @@ from kd.teacher import (
     NoTeacherConfig,
     ServerTeacherConfig,
     TeacherConfig,
+    VllmServe,
 )
 from kd.types import UserError
 
@@ -148,7 +149,7 @@ OPTIONS: dict[str, dict[str, type]] = {
         "server": ServerTeacherConfig,
         "none": NoTeacherConfig,
     },
-    "teacher/engine": {"kd": KdServe},
+    "teacher/engine": {"kd": KdServe, "vllm": VllmServe},
     "data": {
         "digits": DigitsConfig,
         "medpix": MedPixConfig,

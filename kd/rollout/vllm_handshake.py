@@ -8,14 +8,12 @@ import logging
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
+from kd.remote import PROBE, check_prompt, find_card
 from kd.rollout.engine import Policy
 from kd.rollout.vllm_servers import Servers
 from kd.types import Sample, UserError
 
 log = logging.getLogger("kd")
-
-# Words of several languages, digits, spaces and symbols: what tokenizers cut up differently.
-PROBE = "How many of the 1234567 naïve “Straßen”\n\n  are in 東京?   x_i := {y} -> 3.14e-5 <b> 😀"
 
 
 async def handshake(servers: Servers, policy: Policy, model: str | None) -> dict[str, str]:
@@ -34,16 +32,8 @@ async def _check(servers: Servers, url: str, policy: Policy, model: str | None) 
             f"{url} has no endpoints that change its weights: start vLLM 0.32 or newer with "
             "VLLM_SERVER_DEV_MODE=1, as scripts/vllm_server.sh does"
         ) from None
-    served = (await servers.waited(lambda: servers.get(url, "/v1/models")))["data"]
-    card = next((card for card in served if model in (None, card["id"])), None)
-    if card is None:
-        known = ", ".join(card["id"] for card in served)
-        raise UserError(f"{url} does not serve {model}, but {known}")
-    if card["max_model_len"] < policy.max_length:
-        raise UserError(
-            f"{url} has room for {card['max_model_len']} tokens, the run needs "
-            f"{policy.max_length}: start it with --max-model-len {policy.max_length}"
-        )
+    models = await servers.waited(lambda: servers.get(url, "/v1/models"))
+    card = find_card(url, models, model, policy.max_length)
     _check_sizes(url, card["root"], policy)
     await _check_tokenizer(servers, url, card["id"], policy)
     return card["id"]
@@ -93,18 +83,3 @@ def prompt_ids(policy: Policy, sample: Sample) -> list[int]:
     """The prompt as the policy is trained on it."""
     inputs = policy.prompts([sample])  # a filler row may follow
     return inputs.input_ids_BS[0][inputs.attention_mask_BS[0].bool()].tolist()
-
-
-def check_prompt(url: str, ours: list[int], theirs: list[int] | None) -> None:
-    """Refuse a server that reads another prompt than the one trained on."""
-    if ours == theirs:
-        return
-    theirs = theirs or []
-    same = zip(ours, theirs, strict=False)
-    first = next((i for i, (a, b) in enumerate(same) if a != b), min(len(ours), len(theirs)))
-    raise UserError(
-        f"{url} reads a prompt of {len(theirs)} tokens where the run has {len(ours)}; they differ "
-        f"from token {first} on ({theirs[first : first + 3]}, not {ours[first : first + 3]})\n"
-        "Serve a folder with the run's own tokenizer, chat template and image processor "
-        "(processor.min_pixels and max_pixels are part of it)"
-    )

@@ -4,6 +4,7 @@ from kd.teacher.base import BaseTeacher, NoTeacher, NoTeacherConfig, TeacherConf
 from kd.teacher.engine import KdServe
 from kd.teacher.local import LocalTeacher, LocalTeacherConfig
 from kd.teacher.server import ServerTeacherConfig
+from kd.teacher.vllm import VllmServe
 
 __all__ = [
     "BaseTeacher",
@@ -14,4 +15,5 @@ __all__ = [
     "NoTeacherConfig",
     "ServerTeacherConfig",
     "TeacherConfig",
+    "VllmServe",
 ]

@@ -91,6 +91,10 @@ class TeacherEngineConfig:
         """Whether what is served can be used at any temperature of the loss."""
         return self.is_dense or not self.keeps_tail
 
+    def temperature_of(self, asked: float) -> float:
+        """Of the log-probs that are served when `asked` is wanted."""
+        return asked
+
     def build(self, session: Session) -> TeacherEngine:
         """The engine for one run."""
         raise NotImplementedError

@@ -35,7 +35,8 @@ class TopK:
     """The k likeliest tokens, the token of the response itself, and the mass of all others."""
 
     ids_NK: Tensor
-    """In descending order of probability."""
+    """In descending order of probability. A place that is not taken has the response's own token
+    and the log-prob ABSENT."""
     logp_NK: Tensor
     response_logp_N: Tensor
     """Of the response's own token, be it among the k or not."""

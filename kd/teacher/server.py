@@ -73,7 +73,9 @@ class ServerTeacherConfig(TeacherConfig):
     @property
     def temperature_fixed(self) -> float | None:
         """See the base class."""
-        return None if self.engine.any_temperature else self.temperature
+        if self.engine.any_temperature:
+            return None
+        return self.engine.temperature_of(self.temperature)
 
     @property
     def keeps_tail(self) -> bool:
@@ -183,7 +185,7 @@ class ServerTeacher(BaseTeacher):
             head=self.head,
             matched=self.matched,
             vocab=self.served.vocab,
-            temperature=self.config.temperature,
+            temperature=self.config.engine.temperature_of(self.config.temperature),
             tail=self.config.keeps_tail,
         )
 

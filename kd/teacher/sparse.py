@@ -45,8 +45,10 @@ class SparseTargets:
         ids_CK, teacher_CK = self.top.ids_NK[rows], self.top.logp_NK[rows].to(dtype)
         if not self.tail:
             # What is renormalised can change its temperature: p^(a/b), again renormalised.
+            free_CK = teacher_CK <= ABSENT / 2
             teacher_CK = (teacher_CK * (self.temperature / temperature)).log_softmax(-1)
-            return logits_CV.gather(1, ids_CK).log_softmax(-1), teacher_CK
+            student_CK = logits_CV.gather(1, ids_CK).masked_fill(free_CK, ABSENT)
+            return student_CK.log_softmax(-1), teacher_CK
         if temperature != self.temperature:
             raise UserError(
                 f"the teacher's top-k log-probs are of temperature {self.temperature:g}, the loss "
@@ -59,7 +61,8 @@ class SparseTargets:
         student = torch.cat([logits_CV.gather(1, support_CK), tail_C1], 1) - log_z_C1
         others = self.top.response_logp_N[rows, None], self.top.tail_N[rows, None]
         teacher = torch.cat([teacher_CK, *(x.to(dtype) for x in others)], 1)
-        twice_C1 = (ids_CK == response_C1).any(-1, keepdim=True)
-        is_twice_CK = torch.zeros_like(teacher, dtype=torch.bool)
-        is_twice_CK[:, -2:-1] = twice_C1  # the response's token is among the k already
-        return student.masked_fill(is_twice_CK, ABSENT), teacher.masked_fill(is_twice_CK, ABSENT)
+        # Places of the k that are not taken, and the response's token where it is among the k.
+        free_CK = teacher_CK <= ABSENT / 2
+        twice_C1 = ((ids_CK == response_C1) & ~free_CK).any(-1, keepdim=True)
+        void = torch.cat([free_CK, twice_C1, torch.zeros_like(twice_C1)], 1)
+        return student.masked_fill(void, ABSENT), teacher.masked_fill(void, ABSENT)

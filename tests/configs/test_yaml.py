@@ -20,6 +20,7 @@ NEEDS = {
     "teacher/local": ["teacher.name=folder"],
     "teacher/server": ["teacher.name=folder"],
     "teacher/engine/kd": ["teacher=server", "teacher.name=folder"],
+    "teacher/engine/vllm": ["teacher=server", "teacher.name=folder"],
     "teacher/none": ["kd_ratio=0"],
     "data/conversations": ["data.path=rows.jsonl"],
     "rollout/student": ["kd_ratio=1"],

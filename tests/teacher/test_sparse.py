@@ -115,6 +115,23 @@ def test_gradients_are_those_of_the_formula(loss):
     torch.testing.assert_close(grad, expected, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("tail", [True, False])
+def test_places_that_are_not_taken_do_not_count(tail):
+    *_, teacher, ids_N = numbers()
+    full = sparse(teacher, ids_N, 4, tail=tail)
+    top = full.top
+    ids_NK = torch.cat([top.ids_NK, ids_N[:, None].expand(-1, 2)], 1)
+    logp_NK = torch.cat([top.logp_NK, torch.full((N, 2), ABSENT)], 1)
+    wide = TopK(ids_NK, logp_NK, top.response_logp_N, top.tail_N)
+    padded = SparseTargets(wide, ids_N, V, 1.0, tail)
+    for ours, expected in zip(
+        loss_and_gradients(ForwardKLConfig(), padded),
+        loss_and_gradients(ForwardKLConfig(), full),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, expected)
+
+
 def test_nothing_left_outside_of_the_top_k_is_no_nan():
     *_, teacher, _ = numbers()
     last = (teacher.hidden_ND @ teacher.weight_VD.T + teacher.bias_V).argmin(-1)

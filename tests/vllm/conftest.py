@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -77,6 +78,7 @@ class LiveServer:
     folder: Path
     log: Path
     port: int
+    options: tuple[str, ...] = ()
     process: subprocess.Popen[bytes] | None = field(default=None, init=False)
 
     @property
@@ -88,7 +90,7 @@ class LiveServer:
         options = ["--dtype", "float32", "--max-model-len", str(MAX_LENGTH), "--max-num-seqs", "16"]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                ["bash", script, self.folder, str(self.port), *options],
+                ["bash", script, self.folder, str(self.port), *options, *self.options],
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
@@ -121,24 +123,42 @@ def processor() -> ProcessorMixin:
     return build_processor(all_texts(), VOCABULARY)
 
 
-@pytest.fixture(scope="session")
-def server(
-    repo: Path, processor: ProcessorMixin, tmp_path_factory: pytest.TempPathFactory
+@contextlib.contextmanager
+def serving(
+    repo: Path, processor: ProcessorMixin, folder: Path, *options: str
 ) -> Iterator[LiveServer]:
-    """A server that was started with weights which no test's policy has."""
-    folder = tmp_path_factory.mktemp("served")
-    random_model(processor, seed=1).save_pretrained(folder)
-    processor.save_pretrained(folder)
+    """A server of the random model of seed 1."""
+    random_model(processor, seed=1).save_pretrained(folder / "served")
+    processor.save_pretrained(folder / "served")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    live = LiveServer(repo, folder, tmp_path_factory.mktemp("log") / "server.log", port)
+    live = LiveServer(repo, folder / "served", folder / "server.log", port, options)
     live.start()
     try:
         live.wait()
         yield live
     finally:
         live.kill()
+
+
+@pytest.fixture(scope="session")
+def server(
+    repo: Path, processor: ProcessorMixin, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[LiveServer]:
+    """For rollouts: started with weights which no test's policy has."""
+    with serving(repo, processor, tmp_path_factory.mktemp("rollouts")) as live:
+        yield live
+
+
+@pytest.fixture(scope="module")
+def teacher_server(
+    repo: Path, processor: ProcessorMixin, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[LiveServer]:
+    """For teaching: it keeps its weights."""
+    options = ("--enable-scale-out", "--max-logprobs", "64")
+    with serving(repo, processor, tmp_path_factory.mktemp("teacher"), *options) as live:
+        yield live
 
 
 @pytest.fixture
