@@ -1,0 +1,72 @@
+"""Every family on two ranks: the numbers of one process, though a rank may see no image.
+
+A micro-batch is one row on each rank, of no, one or two images: the ranks differ in that almost
+always. Teachers are of another family than their students.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import metrics, subprocess_env
+from tests.distributed.test_ranks import CONFIG, KEYS, TORCHRUN, options
+from tests.model.families import write
+
+FAMILIES = [
+    "lfm2_vl",
+    "gemma3",
+    "internvl",
+    "llava_onevision",
+    "idefics3",
+    "smolvlm",
+    "mistral3",
+]
+
+
+def models(family: str, teacher: str, folder: Path) -> list[str]:
+    """Overrides that name them."""
+    write(family, folder / family, seed=0)
+    write(teacher, folder / f"{teacher}_teacher", seed=1)
+    names = [f"student.name={folder / family}", f"teacher.name={folder / teacher}_teacher"]
+    return [*names, "student=pretrained", "teacher=local", "teacher.dtype=float32"]
+
+
+def answers(run: Path) -> dict[str, tuple[str, str]]:
+    """What student and teacher generate on the validation rows: `{row: texts}`."""
+    records = map(json.loads, (run / "samples.jsonl").read_text().splitlines())
+    return {r["id"]: (r["student"], r["teacher"]) for r in records if r["type"] == "validation"}
+
+
+def test_every_family_on_two_ranks_equals_one_process(train, rows, tmp_path, repo):
+    base = [option for option in options(tmp_path, rows) if option != "student=digits_small"]
+    base += ["loss=gold", "train.max_steps=2", "train.save_every=null"]
+    teachers = [*FAMILIES[1:], FAMILIES[0]]
+    runs = {
+        family: [*base, *models(family, teacher, tmp_path)]
+        for family, teacher in zip(FAMILIES, teachers, strict=True)
+    }
+    two = [
+        [*overrides, f"run.name={family}_two", "train.micro_batch_size=1"]
+        for family, overrides in runs.items()
+    ]
+    (tmp_path / "runs.json").write_text(json.dumps(two))
+    script = repo / "tests" / "distributed" / "recipe_runs.py"
+    done = subprocess.run(
+        [*TORCHRUN, "--nproc-per-node", "2", str(script), str(tmp_path / "runs.json")],
+        env={**subprocess_env(), "PYTHONPATH": str(repo)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for family, overrides in runs.items():
+        one = train(CONFIG, family, *overrides, "train.micro_batch_size=4")
+        two = tmp_path / "runs" / f"{family}_two"
+        for key in (*KEYS, "align/coverage", "align/unaligned"):
+            assert metrics(two, key) == pytest.approx(metrics(one, key), rel=1e-6), (family, key)
+        assert answers(two) == answers(one), family
+        assert len(answers(one)) == 6
