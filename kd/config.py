@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -35,6 +36,7 @@ from kd.rollout import (
 )
 from kd.rundir import RunConfig
 from kd.teacher import (
+    CachedTeacherConfig,
     KdServe,
     LocalTeacherConfig,
     NoTeacherConfig,
@@ -112,6 +114,14 @@ class ValidationConfig:
                 raise UserError(f"validation.{name}={getattr(self, name)}: at least {least}")
 
 
+class DoctorMode(Enum):
+    """When the checks of `kd.doctor` run."""
+
+    auto = "auto"
+    only = "only"
+    never = "never"
+
+
 @dataclass
 class VlmKDConfig:
     """Root of `recipes/vlm_kd.py`."""
@@ -130,6 +140,8 @@ class VlmKDConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
+    doctor: DoctorMode = DoctorMode.auto
+    """Checks of data, models and teacher before the first step; only: and then end."""
     dry_run: bool = False
     """Check everything, count, print the plan, and end."""
     traceback: bool = False
@@ -147,6 +159,7 @@ OPTIONS: dict[str, dict[str, type]] = {
     "teacher": {
         "local": LocalTeacherConfig,
         "server": ServerTeacherConfig,
+        "cached": CachedTeacherConfig,
         "none": NoTeacherConfig,
     },
     "teacher/engine": {"kd": KdServe, "vllm": VllmServe},

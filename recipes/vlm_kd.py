@@ -19,8 +19,9 @@ from transformers.utils import logging as transformers_logging
 
 from kd.align import Aligner, TokenBytes
 from kd.checkpoint import Checkpoints, export, random_state, set_random_state
-from kd.config import VlmKDConfig
+from kd.config import DoctorMode, VlmKDConfig
 from kd.data import BatchStream, Collator, Renderer, Split, validation_batches
+from kd.doctor import Doctor, report
 from kd.logger import RolloutRecord
 from kd.logger.report import write_report
 from kd.loss import AlignedLossConfig
@@ -168,11 +169,27 @@ class VlmKD:
             self.world,
         )
 
+    def examine(self) -> None:
+        """See that data, models and teacher fit together; raises UserError where they do not."""
+        before = random_state()
+        doctor = Doctor(
+            self.rows,
+            self.collator,
+            self.student,
+            self.judge,
+            teacher_sees_new_rows=not self.cfg.teacher.needs_fixed_responses,
+            world=self.world,
+        )
+        report(doctor(), self.world)
+        set_random_state(before)
+
     def train(self, run_dir: RunDir) -> None:
         """From the last checkpoint, or the first step, to the exported model."""
         cfg, self.run_dir = self.cfg, run_dir
         self.checkpoints = Checkpoints(self.run_dir.checkpoints, self.world, cfg.checkpoint)
         self.resume()
+        if self.step == 0 and cfg.doctor is DoctorMode.auto:
+            self.examine()
         logger = cfg.logger.build(cfg.run.path, self.world.rank)
         logger.start(dataclasses.asdict(cfg), cfg.train.max_steps, self.step)
         self.run_dir.write_status("running", self.step)
@@ -361,9 +378,14 @@ def main(cfg: VlmKDConfig, overrides: list[str]) -> None:
         log.info("kd_ratio=0: no teacher is loaded")
     world = cfg.parallel.build()
     try:
-        run_dir = RunDir(cfg.run.path, world)
-        run_dir.open(dataclasses.asdict(cfg), overrides, cfg.run.resume)
-        VlmKD(cfg, world).train(run_dir)
+        if cfg.doctor is DoctorMode.only:
+            recipe = VlmKD(cfg, world)
+            recipe.examine()
+            recipe.teacher.close()
+        else:
+            run_dir = RunDir(cfg.run.path, world)
+            run_dir.open(dataclasses.asdict(cfg), overrides, cfg.run.resume)
+            VlmKD(cfg, world).train(run_dir)
     except BaseException:
         if world.size == 1:  # with more, closing may wait for ranks that never come
             world.close()

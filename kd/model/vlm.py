@@ -32,7 +32,7 @@ Objective = Callable[
 class VLM(nn.Module):
     """A frozen or trainable `AutoModelForImageTextToText` model."""
 
-    forward_methods = ("generate",)
+    forward_methods = ("generate", "targets")
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
@@ -54,6 +54,13 @@ class VLM(nn.Module):
         """The last hidden states [N, D] of the target rows; no logits are computed."""
         outputs = self.model.base_model(**inputs.model_inputs(), use_cache=False)
         return outputs.last_hidden_state.flatten(0, 1)[inputs.target_rows_N]
+
+    @torch.no_grad()
+    def targets(self, inputs: Inputs) -> DenseTargets:
+        """Hidden states and head. The head stays gathered until the next forward re-uses it."""
+        hidden_ND = self._hidden(inputs)
+        head = self.model.get_output_embeddings()
+        return DenseTargets(hidden_ND, head.weight, head.bias)
 
     def stop_ids(self, eos_token_id: int) -> list[int]:
         """What ends a response: the tokenizer's EOS first, then what the model's settings add."""
@@ -182,7 +189,7 @@ def _check_head(model: PreTrainedModel) -> None:
 class Student(VLM):
     """The model that is trained."""
 
-    forward_methods = ("generate", "distill")
+    forward_methods = ("generate", "targets", "distill")
 
     def __init__(self, model: PreTrainedModel, objective: Objective) -> None:
         super().__init__(model)
@@ -223,16 +230,7 @@ class Student(VLM):
 class FrozenVLM(VLM):
     """A teacher on the same ranks as the student."""
 
-    forward_methods = ("generate", "targets")
-
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)
         self.requires_grad_(False)
         self.eval()
-
-    @torch.no_grad()
-    def targets(self, inputs: Inputs) -> DenseTargets:
-        """Hidden states and head. The head stays gathered until the next forward re-uses it."""
-        hidden_ND = self._hidden(inputs)
-        head = self.model.get_output_embeddings()
-        return DenseTargets(hidden_ND, head.weight, head.bias)

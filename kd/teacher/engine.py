@@ -5,6 +5,7 @@ Shape legend: N response tokens, D hidden, V vocabulary, K the top-k.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,6 +20,7 @@ from kd.teacher.wire import Info, prompt_digest, unpack_head, unpack_reply
 from kd.types import Response, UserError
 
 PROBE_TIMEOUT_S = 60.0
+TOKEN_VARIABLE = "KD_SERVE_TOKEN"
 
 
 @dataclass
@@ -128,12 +130,13 @@ class TopKConfig(TeacherEngineConfig):
 
 @dataclass
 class KdServe(TopKConfig):
-    """Servers of this project: `python -m kd.serve`."""
+    """Servers of this project: `python -m kd.serve`.
+
+    The environment variable KD_SERVE_TOKEN holds the token of servers that ask for one.
+    """
 
     targets: str = "hidden"
     """hidden: hidden states, exact, with the head fetched once; topk: k log-probs and the tail."""
-    token: str | None = None
-    """What the server was started with as serve.token."""
 
     def validate(self, key: str, temperature: float) -> None:
         """Refuse values out of range."""
@@ -187,8 +190,9 @@ class KdEngine:
         self.info = info
 
     def _authorise(self, http: httpx.AsyncClient) -> None:
-        if self.config.token is not None:
-            http.headers["Authorization"] = f"Bearer {self.config.token}"
+        token = os.environ.get(TOKEN_VARIABLE)  # not a setting: those are written down and logged
+        if token:
+            http.headers["Authorization"] = f"Bearer {token}"
 
     def _check(self, url: str, info: Info) -> None:
         session = self.session

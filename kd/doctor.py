@@ -1,0 +1,237 @@
+"""Checks before the first step, of what would train for hours without an error and be wrong.
+
+`doctor=auto` runs them before step 1 and ends the run where one fails, `doctor=only` ends after
+them, `doctor=never` leaves them out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from kd.data import Collator, Renderer, Rows
+from kd.model import Student
+from kd.parallel import World
+from kd.teacher import BaseTeacher, NoTeacher
+from kd.types import Batch, Sample, TeacherTargets
+
+ROWS = 4
+ROWS_READ = 64
+"""Rows looked through for one with an image."""
+SELF_DIVERGENCE = 1e-3
+"""Per token, between a model and itself in the same precision."""
+BLIND = 1e-5
+"""A divergence that moves less when all images are wiped is rounding."""
+
+
+class Result(Enum):
+    """Of a check."""
+
+    passed = "passed"
+    warning = "warning"
+    failed = "failed"
+    skipped = "not asked"
+
+
+@dataclass
+class Check:
+    """One line of the table."""
+
+    name: str
+    result: Result
+    finding: str
+    fix: str = ""
+    """What to do where it has not passed."""
+
+
+class Doctor:
+    """Runs the checks on a few training rows. All of it is collective."""
+
+    def __init__(
+        self,
+        rows: Rows,
+        collator: Collator,
+        student: Student,
+        teacher: BaseTeacher,
+        *,
+        teacher_sees_new_rows: bool,
+        world: World,
+    ) -> None:
+        self.collator, self.student, self.teacher = collator, student, teacher
+        self.teacher_sees_new_rows, self.world = teacher_sees_new_rows, world
+        self.samples = _choose(rows)
+        self.batch = collator(self.samples)
+
+    def __call__(self) -> list[Check]:
+        """All checks, in the order in which one may explain the next. Randomness is left alone."""
+        if not self.batch.rollouts:
+            reasons = "; ".join(f"{r.id}: {r.reason}" for r in self.batch.rejected[:2])
+            return [Check("rows", Result.warning, f"the first rows are unusable ({reasons})")]
+        checks = [self._labels(), self._end_of_turn(), *self._image_tokens()]
+        if any(check.result is Result.failed for check in checks):
+            return checks
+        self.student.eval()
+        try:
+            return [*checks, self._self_divergence(), self._sight()]
+        finally:
+            self.student.train()
+
+    # ---- the text --------------------------------------------------------------------------------
+
+    def _labels(self) -> Check:
+        """The ids that are learnt spell the answer, and end."""
+        renderer, lost = self.collator.student, []
+        for rollout in self.batch.rollouts:
+            decoded = renderer.processor.tokenizer.decode(rollout.response_ids[:-1])
+            if str(decoded).strip() != (rollout.sample.answer or "").strip():
+                lost.append((rollout.sample.answer, decoded))
+        if not lost:
+            return Check("labels", Result.passed, "they decode to the answers")
+        return Check(
+            "labels",
+            Result.warning,
+            f"{lost[0][0]!r} comes back from its tokens as {lost[0][1]!r}",
+            "the student can only learn what its tokenizer can spell: clean the answers, or "
+            "choose another student",
+        )
+
+    def _end_of_turn(self) -> Check:
+        """The chat template closes an answer with the token that responses end with."""
+        renderer = self.collator.student
+        eos = renderer.processor.tokenizer.eos_token
+        closing = _closing(renderer, self.samples[0])
+        if eos in closing:
+            return Check("end of a response", Result.passed, f"{eos}, as in the chat template")
+        return Check(
+            "end of a response",
+            Result.warning,
+            f"responses end with {eos}, the chat template closes a turn with {closing.strip()!r}",
+            "serve the student with a generation config that stops at both, or use a processor "
+            "whose EOS is the end of a turn",
+        )
+
+    def _image_tokens(self) -> list[Check]:
+        """Each model's prompts hold tokens for the images of the rows."""
+        images = sum(len(sample.images) for sample in self.batch.samples)
+        if images == 0:
+            return [Check("image tokens", Result.skipped, f"no image in {ROWS_READ} rows")]
+        checks = []
+        sides = zip(("student", "teacher"), self.collator.renderers, strict=False)
+        for side, renderer in sides:
+            inputs = self.batch.student if side == "student" else self.batch.teacher
+            number = int((inputs.input_ids_BS == renderer.processor.image_token_id).sum())
+            finding = f"{number} tokens for {images} images" if number else "none in the prompts"
+            fix = "its processor renders no images: give the model's own (processor.name)"
+            passed = Result.passed if number else Result.failed
+            checks.append(Check(f"image tokens ({side})", passed, finding, fix))
+        return checks
+
+    # ---- the models ------------------------------------------------------------------------------
+
+    def _self_divergence(self) -> Check:
+        """With itself as the teacher, the student has nothing to learn."""
+        name = "teacher = student"
+        if isinstance(self.teacher, NoTeacher):
+            return Check(name, Result.skipped, "no teacher is compared with")
+        worst = self._divergence(self.student.targets(self._on_device().student)).abs().max().item()
+        return Check(
+            name,
+            Result.passed if worst <= SELF_DIVERGENCE else Result.failed,
+            f"divergence of at most {worst:.1e} per token",
+            "this precision or attention is not good enough to compare two models: try "
+            "parallel.compute_dtype=float32 or attn_implementation=eager",
+        )
+
+    def _sight(self) -> Check:
+        """The teacher's word depends on the images."""
+        name = "teacher sees images"
+        if isinstance(self.teacher, NoTeacher):
+            return Check(name, Result.skipped, "no teacher is compared with")
+        if not any(sample.images for sample in self.batch.samples):
+            return Check(name, Result.skipped, f"no image in {ROWS_READ} rows")
+        if not self.teacher_sees_new_rows:
+            return Check(name, Result.skipped, "a cache knows no other images")
+        wiped = self.collator([_wiped(sample) for sample in self.samples])
+        real, blank = (self._teacher_divergence(batch) for batch in (self.batch, wiped))
+        moved = (real - blank).abs().max().item() if real.shape == blank.shape else float("inf")
+        return Check(
+            name,
+            Result.passed if moved > BLIND else Result.failed,
+            f"its divergence moves by up to {moved:.1e} when they are wiped",
+            "it answers without looking: check that teacher.name is a vision-language model, that "
+            "its server gets images, and teacher.processor",
+        )
+
+    def _teacher_divergence(self, batch: Batch) -> Tensor:
+        self.teacher.expect([batch])
+        targets = self.teacher.targets(batch.to(self.world.device))
+        assert targets is not None
+        return self._divergence(targets)
+
+    def _divergence(self, targets: TeacherTargets) -> Tensor:
+        """Of the student on the rows, images and all, from these targets, [N]."""
+        with torch.no_grad():
+            return self.student.distill(self._on_device(), targets, 1, None).kd_N
+
+    def _on_device(self) -> Batch:
+        return self.batch.to(self.world.device)
+
+
+def report(checks: list[Check], world: World) -> None:
+    """Print the table; end the run on all ranks by the first check that has failed."""
+    if world.is_main:
+        table = Table(title="doctor", title_justify="left", show_header=False)
+        for check in checks:
+            colour = {Result.passed: "green", Result.warning: "yellow", Result.failed: "red"}
+            table.add_row(
+                f"[{colour.get(check.result, 'dim')}]{check.result.value}",
+                check.name,
+                check.finding + (f"\n{check.fix}" if check.result is Result.warning else ""),
+            )
+        console = Console(stderr=True, width=None if Console(stderr=True).is_terminal else 120)
+        console.print(table)
+    failed = next((check for check in checks if check.result is Result.failed), None)
+    world.agree(failed and f"doctor: {failed.name}: {failed.finding}\n{failed.fix}")
+
+
+def _choose(rows: Rows) -> list[Sample]:
+    """The first usable rows, one of them with an image if there is any near the beginning."""
+    found: list[Sample] = []
+    for index in range(min(len(rows), ROWS_READ)):
+        sample = rows[index]
+        if not isinstance(sample, Sample):
+            continue
+        # A row without an answer is one that is responded to later: any text does.
+        sample = dataclasses.replace(sample, answer=sample.answer or "Yes.")
+        if len(found) < ROWS:
+            found.append(sample)
+        elif any(s.images for s in found):
+            break
+        elif sample.images:
+            found[-1] = sample
+    return found
+
+
+def _wiped(sample: Sample) -> Sample:
+    """Its images in plain grey, of the same sizes."""
+    images = [Image.new("RGB", image.size, (127, 127, 127)) for image in sample.images]
+    return dataclasses.replace(sample, images=images)
+
+
+def _closing(renderer: Renderer, sample: Sample) -> str:
+    """What the chat template writes after an answer."""
+    answer = sample.answer or ""
+    is_text = isinstance(sample.messages[-1]["content"], str)
+    content = answer if is_text else [{"type": "text", "text": answer}]
+    turns = [*sample.messages, {"role": "assistant", "content": content}]
+    text = renderer.processor.apply_chat_template(
+        turns, tokenize=False, **renderer.chat_template_kwargs
+    )
+    return str(text).rpartition(answer)[2]

@@ -1,0 +1,123 @@
+"""What the checks before the first step find, on real models that are made wrong on purpose."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from kd.config import VlmKDConfig, register, to_object, validate
+from kd.doctor import Result
+from kd.run import config_dir
+from kd.types import UserError
+from recipes.vlm_kd import VlmKD
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("teacher") / "export"
+
+
+@pytest.fixture
+def teacher(train, kept) -> Path:
+    if not kept.exists():
+        options = ["student=digits_small", "optim.lr=0.01", "doctor=never"]
+        (train("digits_teacher", "teacher", *options) / "export").rename(kept)
+    return kept
+
+
+def blinded(teacher: Path, folder: Path) -> Path:
+    """The same model, with a vision tower that gives the same for every image."""
+    model = AutoModelForImageTextToText.from_pretrained(teacher)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "patch_embed" in name:
+                parameter.zero_()
+    model.save_pretrained(folder)
+    AutoProcessor.from_pretrained(teacher).save_pretrained(folder)
+    return folder
+
+
+def test_a_sound_run_passes_and_is_not_started(kd_main, teacher, tmp_path, capsys):
+    options = [f"teacher.name={teacher}", f"run.dir={tmp_path / 'none'}", "doctor=only"]
+    kd_main("--config-name", "digits_kd", *options)
+    table = capsys.readouterr().err
+    for name in ("labels", "end of a response", "teacher = student", "teacher sees images"):
+        (line,) = (line for line in table.splitlines() if name in line)
+        assert "passed" in line
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_blind_teacher_ends_the_run_before_its_first_step(train, teacher, tmp_path, capsys):
+    blind = blinded(teacher, tmp_path / "blind")
+    with pytest.raises(SystemExit) as exit_:
+        train("digits_kd", "kd", f"teacher.name={blind}")
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err
+    assert "error: doctor: teacher sees images: its divergence moves by up to 0.0e+00" in error
+    assert "it answers without looking" in error
+    assert not list((tmp_path / "runs" / "kd").glob("checkpoints/step_*"))
+    train("digits_kd", "kd", f"teacher.name={blind}", "doctor=never", "train.max_steps=2")
+
+
+def test_the_checks_change_nothing(train, teacher):
+    options = [f"teacher.name={teacher}", "train.max_steps=2"]
+    runs = [train("digits_kd", mode, *options, f"doctor={mode}") for mode in ("auto", "never")]
+    losses = [
+        [line.split(', "train/step_s"')[0].split('"train/lr"')[0] for line in lines]
+        for lines in ((run / "metrics.jsonl").read_text().splitlines() for run in runs)
+    ]
+    assert losses[0] == losses[1]
+
+
+@pytest.fixture
+def recipe(teacher):
+    made = []
+
+    def make(*overrides: str) -> VlmKD:
+        register()
+        with initialize_config_dir(config_dir(), version_base="1.3"):
+            config = compose("digits_kd", overrides=[f"teacher.name={teacher}", *overrides])
+        typed = to_object(config)
+        assert isinstance(typed, VlmKDConfig)
+        validate(typed)
+        world = typed.parallel.build()
+        made.append(world)
+        return VlmKD(typed, world)
+
+    yield make
+    for world in made:
+        world.close()
+
+
+def test_a_model_that_is_not_the_same_twice(recipe, capsys):
+    made = recipe()
+    noisy = made.student.model.get_decoder().layers[0]
+    noisy.register_forward_hook(lambda _, __, out: out + 0.5 * torch.randn_like(out))
+    with pytest.raises(UserError, match=r"doctor: teacher = student: divergence of at most"):
+        made.examine()
+
+
+def test_a_template_that_closes_a_turn_otherwise(recipe, teacher, tmp_path):
+    from kd.doctor import Doctor
+
+    processor = AutoProcessor.from_pretrained(teacher)
+    assert "<|im_end|>\n" in processor.chat_template
+    processor.chat_template = processor.chat_template.replace("<|im_end|>", "<|endoftext|>")
+    processor.save_pretrained(tmp_path / "other")
+    other = tmp_path / "other"
+    made = recipe(f"student.processor.name={other}", f"teacher.processor.name={other}")
+    doctor = Doctor(
+        made.rows,
+        made.collator,
+        made.student,
+        made.judge,
+        teacher_sees_new_rows=True,
+        world=made.world,
+    )
+    (check,) = (check for check in doctor() if check.name == "end of a response")
+    assert check.result is Result.warning
+    assert "responses end with <|im_end|>, the chat template closes a turn with" in check.finding
