@@ -57,6 +57,10 @@ class TeacherConfig:
         """Whether it works while this process does something else."""
         return False
 
+    def identity(self, parallel: ParallelConfig) -> dict[str, str]:
+        """What its word depends on besides what it reads, as far as that is known without it."""
+        return {}
+
     def build_processor(self, corpus: Callable[[], list[str]]) -> ProcessorMixin | None:
         """The teacher's processor; None: there is no teacher."""
         raise NotImplementedError
@@ -83,6 +87,11 @@ class BaseTeacher:
     """The tokens that the student's vocabulary has as well, where the tokenizers differ."""
     vlm: FrozenVLM | None = None
     """The model, where it is one of these ranks."""
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What its word depends on besides what it reads, where its config did not know."""
+        return {}
 
     def expect(self, batches: list[Batch]) -> None:
         """Nothing is done ahead."""

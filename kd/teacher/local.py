@@ -13,6 +13,7 @@ from kd.align import AlignedTargets
 from kd.model import FrozenVLM, PretrainedModel
 from kd.parallel import ParallelConfig, World
 from kd.teacher.base import BaseTeacher, Head, TeacherConfig
+from kd.teacher.weights import weights_digest
 from kd.types import Batch, DenseTargets, UserError
 
 
@@ -41,6 +42,15 @@ class LocalTeacherConfig(PretrainedModel, TeacherConfig):
     def can_respond(self) -> bool:
         """It is a model of these ranks, and on their devices."""
         return not self.offload
+
+    def identity(self, parallel: ParallelConfig) -> dict[str, str]:
+        """Its weights and its precision; where a folder lies does not matter."""
+        return {
+            "name": self.name,
+            "weights": weights_digest(self),
+            "dtype": self.dtype,
+            "compute_dtype": parallel.compute_dtype,
+        }
 
     def build_teacher(
         self,

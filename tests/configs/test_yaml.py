@@ -21,6 +21,7 @@ NEEDS = {
     "teacher/server": ["teacher.name=folder"],
     "teacher/engine/kd": ["teacher=server", "teacher.name=folder"],
     "teacher/engine/vllm": ["teacher=server", "teacher.name=folder"],
+    "teacher/cached": ["teacher.source.name=folder"],
     "teacher/none": ["kd_ratio=0"],
     "data/conversations": ["data.path=rows.jsonl"],
     "rollout/student": ["kd_ratio=1"],
