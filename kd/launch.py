@@ -86,6 +86,8 @@ def plain_words(error: Exception) -> str:
         return type(error).__name__
     if lines[0].startswith("Could not override"):
         key = lines[0].split("'")[1]
+        if "reference_type=Dict" in str(error.__cause__):  # whose keys are free
+            return f"{key} has no such entry yet; with a + it is added: +{key}=…"
         return f"unknown config key {key}; --cfg job shows all keys"
     if lines[0].startswith("Cannot find primary config"):
         names = sorted(path.stem for path in Path(config_dir()).glob("*.yaml"))

@@ -26,7 +26,7 @@ from kd.logger import RolloutRecord
 from kd.logger.report import write_report
 from kd.loss import AlignedLossConfig
 from kd.metrics import LossSum, Timer, peak_mem_gib
-from kd.model import VLM, Pairing, Student, pair
+from kd.model import VLM, Pairing, Student, check_images, pair
 from kd.parallel import World
 from kd.plan import print_plan
 from kd.rollout import Parts, Policy
@@ -69,6 +69,7 @@ class VlmKD:
         self.teacher_policy = None
         if self.teacher.vlm is not None:
             self.teacher_policy = self.policy(self.teacher.vlm, self.collator.renderers[-1])
+        self.check_images()
         self.source = self.build_source()
         self.validator = self.build_validator()
         self.timer = Timer(self.device)
@@ -124,6 +125,13 @@ class VlmKD:
             renderer.chat_template_kwargs,
             self.cfg.run.path,
         )
+
+    def check_images(self) -> None:
+        """Models can read what their image processors make with other settings than their own."""
+        sides = (self.cfg.student, self.student_policy), (self.cfg.teacher, self.teacher_policy)
+        for config, policy in sides:
+            if policy is not None and config.processor.image:
+                check_images(policy.vlm, policy.prompts, self.device)
 
     def build_source(self) -> Source:
         """Where the batches come from."""

@@ -210,6 +210,10 @@ KEYS_AND_VALUES = [
     mistake("++train.max_step=3", r"unknown config key train\.max_step; known here:.* max_steps"),
     mistake("+ratio=3", r"unknown config key ratio; known here:.* kd_ratio"),
     mistake("+teacher.processor.size=3", r"unknown config key teacher\.processor\.size;"),
+    mistake(
+        "student.processor.image.max_tiles=4",
+        r"student\.processor\.image\.max_tiles has no such entry yet; with a \+ .*max_tiles=…",
+    ),
     mistake("loss.beta=0.5", r"unknown config key loss\.beta;"),
     mistake("loos=jsd", r"unknown config key loos;"),
     mistake("train.max_steps=many", r"train\.max_steps=many\n.*'many'.* Integer"),

@@ -9,11 +9,11 @@ from kd.model.compare import (
     tokenizer_difference,
     tokenizer_digest,
 )
+from kd.model.processor import ProcessorConfig, check_images
 from kd.model.spec import (
     ModelConfig,
     PretrainedModel,
     PretrainedStudent,
-    ProcessorConfig,
     ScratchModel,
     TrainedModel,
 )
@@ -31,6 +31,7 @@ __all__ = [
     "ScratchModel",
     "Student",
     "TrainedModel",
+    "check_images",
     "cut",
     "pair",
     "rendering_digest",

@@ -20,53 +20,9 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
+from kd.model.processor import ProcessorConfig
 from kd.model.tiny import SPECIAL_TOKENS, build_processor
 from kd.types import UserError
-
-
-@dataclass
-class ProcessorConfig:
-    """How one model renders a prompt and its images."""
-
-    name: str | None = None
-    """Folder or hub name; None: the model's own."""
-    revision: str | None = None
-    min_pixels: int | None = None
-    max_pixels: int | None = None
-    """Bounds on the pixels of an image after resizing; None: the processor's own."""
-    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
-    """Passed to the chat template, e.g. {enable_thinking: false}."""
-
-    def validate(self, key: str) -> None:
-        """Refuse pixel bounds that no image can meet."""
-        low, high = 1 if self.min_pixels is None else self.min_pixels, self.max_pixels
-        if low < 1 or (high is not None and high < low):
-            raise UserError(
-                f"{key}.processor: min_pixels={self.min_pixels}, max_pixels={high}: "
-                "give 1 <= min_pixels <= max_pixels"
-            )
-
-    def apply_pixels(self, processor: ProcessorMixin) -> ProcessorMixin:
-        """Set the pixel bounds on the image processor."""
-        if self.min_pixels is None and self.max_pixels is None:
-            return processor
-        size = dict(processor.image_processor.size)
-        if "shortest_edge" not in size or "longest_edge" not in size:
-            raise UserError(
-                f"{type(processor.image_processor).__name__} has no pixel bounds: remove "
-                "processor.min_pixels and processor.max_pixels"
-            )
-        if self.min_pixels is not None:
-            size["shortest_edge"] = self.min_pixels
-        if self.max_pixels is not None:
-            size["longest_edge"] = self.max_pixels
-        if size["shortest_edge"] > size["longest_edge"]:
-            raise UserError(
-                f"processor: {size['shortest_edge']} pixels at least and {size['longest_edge']} at "
-                "most: set both processor.min_pixels and processor.max_pixels"
-            )
-        processor.image_processor.size = size
-        return processor
 
 
 @dataclass
@@ -136,7 +92,7 @@ class PretrainedModel(ModelConfig):
                 f"{name}: its processor ({type(processor).__name__}) has no image part; "
                 "kd distils models that read images"
             )
-        return self.processor.apply_pixels(processor)
+        return self.processor.apply(processor, name)
 
     def build(self, processor: ProcessorMixin, *, with_weights: bool) -> PreTrainedModel:
         """`AutoModelForImageTextToText.from_pretrained`."""
@@ -209,7 +165,8 @@ class ScratchModel(TrainedModel):
         if self.processor.name is not None:
             named = PretrainedModel(name=self.processor.name, processor=self.processor)
             return named.build_processor(corpus)
-        return self.processor.apply_pixels(build_processor(corpus(), self.vocab_size))
+        made = build_processor(corpus(), self.vocab_size)
+        return self.processor.apply(made, "the model made from scratch")
 
     def build(self, processor: ProcessorMixin, *, with_weights: bool) -> PreTrainedModel:
         """The architecture with the vocabulary and special tokens of `processor`."""

@@ -12,9 +12,10 @@ from statistics import mean
 
 import pytest
 from PIL import Image
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, AutoProcessor, ProcessorMixin
 
 from kd.data import Renderer
+from kd.types import Sample
 from tests.conftest import metrics
 from tests.model.families import FAMILIES, write
 
@@ -89,6 +90,46 @@ def test_a_student_of_another_family_learns(train, base, tmp_path, caplog, famil
         AutoModelForImageTextToText.from_pretrained(run / "export")
         if loss == "uld":  # gold's is too flat here to fall in so few steps
             assert mean(values(run, "train/kd")[-2:]) < mean(values(run, "train/kd")[:2])
+
+
+def image_tokens(processor: ProcessorMixin) -> int:
+    content = [{"type": "image"}, {"type": "text", "text": "?"}]
+    image = Image.new("RGB", (64, 64))
+    sample = Sample("a", [{"role": "user", "content": content}], [image], None)
+    return int((Renderer(processor).prompt(sample).ids_S == processor.image_token_id).sum())
+
+
+@pytest.mark.parametrize(
+    ("teacher", "settings", "loss"),
+    [
+        ("smolvlm", "do_image_splitting: false", "gold"),
+        ("idefics3", "size: {longest_edge: 128}", "jsd"),
+    ],
+    ids=["another family", "the same family"],
+)
+def test_each_side_sees_images_in_its_own_way(
+    train, base, tmp_path, caplog, teacher, settings, loss
+):
+    """With settings for each; the student's are in what is exported."""
+    caplog.set_level("INFO", logger="kd")
+    write(teacher, tmp_path / "teacher", seed=1)
+    write("idefics3", tmp_path / "student")
+    run = train(
+        "qwen_vl_kd",
+        "run",
+        *base,
+        *("teacher=local", f"teacher.name={tmp_path / 'teacher'}", "teacher.dtype=float32"),
+        *(f"student.name={tmp_path / 'student'}", f"loss={loss}", "train.max_steps=4"),
+        "+student.processor.image={size: {longest_edge: 32}}",
+        f"+teacher.processor.image={{{settings}}}",
+    )
+    assert "prompts: each its own rendering" in caplog.text
+    check_finite_and_aligned(run, coverage=1 if loss == "gold" else 0)
+    own = AutoProcessor.from_pretrained(tmp_path / "student")
+    assert (image_tokens(own), image_tokens(AutoProcessor.from_pretrained(run / "export"))) == (
+        20,
+        4,
+    )
 
 
 @pytest.mark.parametrize("families", PAIRS, ids=" to ".join)
