@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from transformers import AutoConfig
 
+from kd.checkpoint import verify
 from tests.conftest import metrics
+from tests.teacher.serving import Server, proxied
 
 LOSSES = ("train/loss", "train/ce", "train/kd", "train/grad_norm", "val/loss", "val/kd")
 
@@ -20,7 +23,8 @@ def teacher_folder(tmp_path_factory) -> Path:
 def teacher(train, teacher_folder) -> str:
     """A trained teacher's folder, made once."""
     if not teacher_folder.exists():
-        made = train("digits_teacher", "teacher", "student=digits_small", "train.max_steps=10")
+        options = ["student=digits_small", "optim.lr=0.01", "train.max_steps=12"]
+        made = train("digits_teacher", "teacher", *options)
         (made / "export").rename(teacher_folder)
     return str(teacher_folder)
 
@@ -32,3 +36,121 @@ def test_offloaded_between_its_uses(train, teacher):
     away = train("digits_kd", "away", *options, "teacher.offload=true")
     for key in LOSSES:
         assert metrics(away, key) == metrics(beside, key), key
+
+
+@pytest.fixture(scope="module")
+def served(teacher_folder, tmp_path_factory):
+    """Started when the first test has made the teacher."""
+    servers: list[Server] = []
+
+    def serve() -> Server:
+        if not servers:
+            log = tmp_path_factory.mktemp("log") / "serve.log"
+            servers.append(Server(teacher_folder, log))
+        return servers[0]
+
+    yield serve
+    for server in servers:
+        server.stop()
+
+
+@pytest.fixture
+def from_server(teacher, served) -> list[str]:
+    """Overrides of digits_kd."""
+    server = served()
+    return ["teacher=server", f"teacher.name={teacher}", f"teacher.urls=[{server.url}]", *WAIT]
+
+
+WAIT = ["teacher.wait_s=60", "data.max_length=400"]
+SHORT = ["train.max_steps=4", "train.global_batch_size=12", "train.val_every=2"]
+SHORT += ["validation.generate=false", "data.max_length=400"]
+
+
+@pytest.mark.parametrize("loss", ["forward_kl", "jsd"])
+def test_served_hidden_states_train_as_the_local_teacher_does(train, teacher, from_server, loss):
+    options = [*SHORT, f"loss={loss}", "loss.temperature=2"]
+    local = train(
+        "digits_kd", "local", *options, f"teacher.name={teacher}", "teacher.dtype=float32"
+    )
+    served = train("digits_kd", "served", *options, *from_server)
+    for key in LOSSES:
+        assert metrics(served, key) == pytest.approx(metrics(local, key), rel=1e-5, abs=1e-6), key
+
+
+def test_a_served_top_k_of_all_but_one_token_trains_as_the_local_teacher_does(
+    train, teacher, from_server
+):
+    vocab = AutoConfig.from_pretrained(teacher).get_text_config().vocab_size
+    options = [*SHORT, "loss=reverse_kl", "loss.temperature=2"]
+    local = train(
+        "digits_kd", "local", *options, f"teacher.name={teacher}", "teacher.dtype=float32"
+    )
+    top_k = ["teacher.engine.targets=topk", f"teacher.engine.k={vocab - 1}"]
+    served = train("digits_kd", "served", *options, *from_server, *top_k)
+    for key in LOSSES:
+        assert metrics(served, key) == pytest.approx(metrics(local, key), rel=1e-5, abs=1e-6), key
+    few = train("digits_kd", "few", *options, *from_server, *top_k[:1], "teacher.engine.k=4")
+    kd, dense = metrics(few, "train/kd"), metrics(local, "train/kd")
+    assert 0 < kd[1] < dense[1]
+
+
+def test_two_tokenizers_and_the_student_s_own_responses(train, from_server, teacher):
+    options = ["experiment=digits_cross", *SHORT, "rollout=student", "kd_ratio=1"]
+    options += ["rollout.sampling.max_new_tokens=6"]
+    local = train(
+        "digits_kd", "local", *options, f"teacher.name={teacher}", "teacher.dtype=float32"
+    )
+    served = train("digits_kd", "served", *options, *from_server)
+    for key in LOSSES:
+        assert metrics(served, key) == pytest.approx(metrics(local, key), rel=1e-4), key
+
+
+def test_a_server_gone_for_good_leaves_a_whole_checkpoint(
+    train, teacher, served, from_server, capsys, tmp_path
+):
+    """Resuming reads again what was read ahead: the run equals one that was never stopped."""
+    options = [*SHORT, *from_server, "train.max_steps=6", "train.save_every=1", "train.val_every=6"]
+    options += ["data.num_workers=1"]
+    whole = train("digits_kd", "whole", *options)
+    number = iter(range(1000))
+
+    def gone(_: int, body: bytes):
+        return (200, body) if next(number) < 20 else None
+
+    with proxied(served().url, fault=gone) as (_, url), pytest.raises(SystemExit) as exit_:
+        train(
+            "digits_kd", "stopped", *options, f"teacher.urls=[{url}]", "teacher.wait_s=1",
+            "teacher.rows_per_request=2", "doctor=never",
+        )  # fmt: skip
+    assert exit_.value.code == 2
+    said = capsys.readouterr().err
+    assert "error: no server was of use for 1 s" in said and "from its last checkpoint" in said
+    stopped = tmp_path / "runs" / "stopped"
+    steps = sorted(path.name for path in (stopped / "checkpoints").glob("step_*"))
+    assert steps and verify(stopped / "checkpoints" / steps[-1]) is None
+    train("digits_kd", "stopped", *options)
+    for key in LOSSES:
+        assert metrics(stopped, key) == pytest.approx(metrics(whole, key), rel=1e-6), key
+
+
+TOP_K = "teacher.engine.targets=topk"
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ([TOP_K, "loss=uld"], "serves its top-k"),
+        ([TOP_K, "teacher.temperature=1", "loss.temperature=2"], "set both alike"),
+        ([TOP_K, "teacher.engine.tail=false", "loss=jsd"], "keep the tail"),
+        ([TOP_K, "teacher.engine.tail=false", "teacher.engine.k=1"], "or raise k"),
+        (["teacher/engine=vllm", "loss.temperature=2"], "temperature 1"),
+        (["rollout=teacher"], "this teacher does not generate"),
+    ],
+)
+def test_what_this_teacher_cannot_serve_is_refused_before_anything_is_loaded(
+    train, capsys, options, says
+):
+    with pytest.raises(SystemExit) as exit_:
+        train("digits_kd", "refused", "teacher=server", "teacher.name=nowhere", *options)
+    assert exit_.value.code == 2
+    assert says in capsys.readouterr().err
