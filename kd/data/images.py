@@ -14,7 +14,7 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from kd.data.base import RowError
 
@@ -45,9 +45,9 @@ class ImageLoader:
         if not isinstance(ref, str) or not ref:
             raise RowError(f"an image is given as {type(ref).__name__}, not as bytes, path or URL")
         name = f"image {ref[:80]}"
-        scheme = urllib.parse.urlsplit(ref).scheme if ":" in ref[:6] else ""
+        scheme = ref.partition(":")[0].lower() if ":" in ref[:6] else ""
         if scheme == "data":
-            return self._decode(_data_uri(ref), name[:40])
+            return self._decode(data_uri_bytes(ref), name[:40])
         if scheme in ("http", "https"):
             return self._decode(self._fetch(ref), name)
         if scheme == "file":
@@ -104,25 +104,38 @@ class ImageLoader:
     def _decode(self, raw: bytes, name: str) -> Image.Image:
         if len(raw) > self.max_bytes:
             raise RowError(f"{name}: {len(raw)} bytes, more than {self.max_bytes}")
-        try:
-            with Image.open(io.BytesIO(raw)) as image:
-                # `open` reads the header only: a decompression bomb is refused unopened.
-                if image.width * image.height > self.max_pixels:
-                    raise RowError(
-                        f"{name}: {image.width}x{image.height} pixels, more than "
-                        f"data.max_image_pixels {self.max_pixels}"
-                    )
-                if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-                    raise RowError(f"{name}: pixel mode {image.mode}; convert it to 8 bits first")
-                return ImageOps.exif_transpose(image).convert("RGB")
-        except RowError:
-            raise
-        # Decoders raise almost anything on bad data: OSError, SyntaxError, struct.error, …
-        except Exception as error:
-            raise RowError(f"{name} cannot be decoded: {error}") from error
+        return decode_image(raw, name, self.max_pixels, "data.max_image_pixels")
 
 
-def _data_uri(uri: str) -> bytes:
+def decode_image(
+    raw: bytes, name: str, max_pixels: int, limit: str, formats: tuple[str, ...] | None = None
+) -> Image.Image:
+    """The image as RGB, turned as its EXIF orientation says.
+
+    `limit` is what sets `max_pixels`; `formats` None: all that PIL knows. Raises RowError.
+    """
+    try:
+        with Image.open(io.BytesIO(raw), formats=formats) as image:
+            # `open` reads the header only: a decompression bomb is refused unopened.
+            if image.width * image.height > max_pixels:
+                raise RowError(
+                    f"{name}: {image.width}x{image.height} pixels, more than {limit} {max_pixels}"
+                )
+            if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+                raise RowError(f"{name}: pixel mode {image.mode}; convert it to 8 bits first")
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except RowError:
+        raise
+    except UnidentifiedImageError as error:
+        known = "" if formats is None else f" of the formats {', '.join(formats)}"
+        raise RowError(f"{name} cannot be decoded: it is no image{known}") from error
+    # Decoders raise almost anything on bad data: OSError, SyntaxError, struct.error, …
+    except Exception as error:
+        raise RowError(f"{name} cannot be decoded: {error}") from error
+
+
+def data_uri_bytes(uri: str) -> bytes:
+    """What a data URI holds. Raises RowError."""
     header, comma, body = uri.partition(",")
     if not comma:
         raise RowError(f"data URI without data: {uri[:40]}")

@@ -6,7 +6,7 @@ import contextlib
 import datetime
 import os
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -158,6 +158,23 @@ class World:
         box = [value]
         dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]
+
+    def scatter(self, values: list[T] | None) -> T:
+        """One of rank 0's picklable values, one per rank, on each; the others give None."""
+        if self.size == 1:
+            assert values is not None
+            return values[0]
+        box: list[T | None] = [None]
+        dist.scatter_object_list(box, values, src=0)
+        return cast(T, box[0])
+
+    def collect(self, value: T) -> list[T]:
+        """The picklable values of all ranks, in rank order, on rank 0; nothing on the others."""
+        if self.size == 1:
+            return [value]
+        values = [value] * self.size if self.is_main else None
+        dist.gather_object(value, values, dst=0)
+        return values or []
 
     def agree(self, problem: str | None) -> None:
         """End the run on every rank if one of them has a problem; rank 0 tells of it, once."""
