@@ -204,8 +204,7 @@ def register() -> None:
 def to_object(config: DictConfig) -> VlmKDConfig:
     """The typed config. A key that no dataclass has is refused, also where `+` forced it in."""
     typed = typed_object(config)
-    if not isinstance(typed, VlmKDConfig):
-        raise UserError("this config is none of kd.run: its defaults list lacks vlm_kd_schema")
+    assert isinstance(typed, VlmKDConfig)
     return typed
 
 
@@ -215,7 +214,8 @@ def typed_object(config: DictConfig) -> Any:
     if missing:
         raise UserError(f"{missing[0]} has no value: give one, e.g. {missing[0]}=…")
     typed = OmegaConf.to_object(config)
-    assert dataclasses.is_dataclass(typed)
+    if not dataclasses.is_dataclass(typed):
+        raise UserError("the defaults list of a root config begins with a schema: vlm_kd_schema")
     _refuse_unknown(config, typed, "")
     return typed
 

@@ -90,7 +90,7 @@ def plain_words(error: Exception) -> str:
             return f"{key} has no such entry yet; with a + it is added: +{key}=…"
         return f"unknown config key {key}; --cfg job shows all keys"
     if lines[0].startswith("Cannot find primary config"):
-        names = sorted(path.stem for path in Path(config_dir()).glob("*.yaml"))
+        names = sorted({path.stem for path in Path(config_dir()).glob("*.yaml")} - {"serve"})
         return f"{lines[0].split('.')[0]}; shipped ones: {', '.join(names)}"
     if lines[0].startswith("Ambiguous value"):
         return f"{lines[0]}: add -m to run every value, or quote a list as [a,b]"
