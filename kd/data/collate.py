@@ -175,13 +175,21 @@ class Collator:
     def _too_long(
         self, sample: Sample, prompts: list[Prompt], response_tokens: int
     ) -> Rejected | None:
-        prompt_tokens = max(len(prompt.ids_S) for prompt in prompts)
-        if prompt_tokens + response_tokens <= self.max_length:
+        lengths = [len(prompt.ids_S) for prompt in prompts]
+        if max(lengths) + response_tokens <= self.max_length:
             return None
+        which = lengths.index(max(lengths))
         reason = (
-            f"{prompt_tokens} + {response_tokens} tokens of prompt and response, "
+            f"{lengths[which]} + {response_tokens} tokens of prompt and response, "
             f"more than data.max_length {self.max_length}"
         )
+        if sample.images:
+            side = ("student", "teacher")[which]
+            tokens = self.renderers[which].image_tokens(sample, prompts[which])
+            reason += (
+                f" ({tokens} of them for images: raise it, or make the images smaller by "
+                f"{side}.processor.max_pixels or {side}.processor.image)"
+            )
         return Rejected(sample.id, reason, broken=False)
 
     def _reference(self, sample: Sample) -> Rollout:

@@ -64,9 +64,7 @@ class Renderer:
         image (too thin, say).
         """
         self._refuse_control_tokens(sample)
-        text = self.processor.apply_chat_template(
-            sample.messages, add_generation_prompt=True, tokenize=False, **self.chat_template_kwargs
-        )
+        text = self._text(sample)
         try:
             # The template has written its own special tokens; the tokenizer must not add a BOS.
             out = self.processor(
@@ -80,11 +78,21 @@ class Renderer:
             raise RowError(f"the processor refuses it: {error}") from error
         return _split(dict(out), self.processor.image_processor.model_input_names)
 
+    def image_tokens(self, sample: Sample, prompt: Prompt) -> int:
+        """How many tokens of its prompt are there for the images, marks of rows and tiles too."""
+        ids = self.processor.tokenizer(self._text(sample), add_special_tokens=False)["input_ids"]
+        return len(prompt.ids_S) - len(ids) + len(sample.images)
+
     def response(self, answer: str) -> list[int]:
         """Ids of `answer` and EOS. Raises RowError where it holds a control token."""
         self._check_text(answer, "the answer")
         ids = self.processor.tokenizer(answer, add_special_tokens=False)["input_ids"]
         return [*ids, self.eos_token_id]
+
+    def _text(self, sample: Sample) -> str:
+        return self.processor.apply_chat_template(
+            sample.messages, add_generation_prompt=True, tokenize=False, **self.chat_template_kwargs
+        )
 
     def _refuse_control_tokens(self, sample: Sample) -> None:
         for number, message in enumerate(sample.messages):

@@ -138,6 +138,22 @@ def test_too_long_is_named_and_never_cut(collator):
     assert "more than data.max_length 256" in rejected.reason
 
 
+def test_too_long_by_its_images_says_so(processor, sharp_processor):
+    """How many tokens are theirs, on which side, and what to do."""
+    sides = Renderer(processor), Renderer(sharp_processor)
+    wide, text = row("wide", (512, 256), (64, 64)), row("text", answer="odd " * 300)
+    rejected = Collator(sides[0], None, 100, lockstep=False)([wide, text]).rejected
+    # 16 x 8 tokens and 2 x 2, one of either written by the chat template.
+    assert rejected[0].reason.endswith(
+        "more than data.max_length 100 (132 of them for images: raise it, or make the images "
+        "smaller by student.processor.max_pixels or student.processor.image)"
+    )
+    assert "image" not in rejected[1].reason
+    (rejected,) = Collator(*sides, 60, lockstep=False)([row("small", (64, 64), (64, 64))]).rejected
+    assert "(32 of them for images: " in rejected.reason
+    assert "teacher.processor.image" in rejected.reason
+
+
 def test_length_limit_is_exact(processor):
     generous = Collator(Renderer(processor), None, 4096, lockstep=False)
     length = generous([MIXED[0]]).student.input_ids_BS.shape[1]

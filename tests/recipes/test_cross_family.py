@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from statistics import mean
 
@@ -90,6 +91,25 @@ def test_a_student_of_another_family_learns(train, base, tmp_path, caplog, famil
         AutoModelForImageTextToText.from_pretrained(run / "export")
         if loss == "uld":  # gold's is too flat here to fall in so few steps
             assert mean(values(run, "train/kd")[-2:]) < mean(values(run, "train/kd")[:2])
+
+
+@pytest.mark.parametrize("rollout", ["dataset", "student"])
+def test_images_that_leave_no_room_end_the_run(train, base, tmp_path, capsys, rollout):
+    """Where that is so for all rows; a prompt is never cut."""
+    for family in ("smolvlm", "idefics3"):
+        write(family, tmp_path / family)
+    options = ["teacher=local", f"teacher.name={tmp_path / 'smolvlm'}", "loss=gold"]
+    options += [f"rollout={rollout}", "kd_ratio=1", "data.max_length=20"]
+    if rollout == "student":
+        options.append("rollout.sampling.max_new_tokens=4")
+    with pytest.raises(SystemExit) as exit_:
+        train("qwen_vl_kd", "long", *base, f"student.name={tmp_path / 'idefics3'}", *options)
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err
+    assert "rows in succession, a whole epoch, could be used. The first ones: " in error
+    assert re.search(
+        r"more than data\.max_length 20 \(\d\d of them for images: raise it, or", error
+    )
 
 
 def image_tokens(processor: ProcessorMixin) -> int:
