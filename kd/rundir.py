@@ -34,6 +34,7 @@ FREE_KEYS = (
     "teacher.cpu_offload",
     "teacher.offload",
     "teacher.urls",
+    "teacher.ahead",
     "teacher.rows_per_request",
     "teacher.max_concurrency",
     "teacher.timeout_s",
@@ -44,6 +45,9 @@ FREE_KEYS = (
     "train.grad_accum",
     "train.log_every",
     "train.save_every",
+    # Where the teacher's word is kept.
+    "teacher.folder",
+    "teacher.require_full",
     # Where and how rollouts are made, but not which weights make them.
     "rollout.engine.gather",
     "rollout.engine.token_budget",

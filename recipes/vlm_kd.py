@@ -154,7 +154,7 @@ class VlmKD:
                 collate=self.collator,
                 student=self.student_policy,
                 teacher=self.teacher_policy,
-                told_ahead=self.judge if cfg.asked_teacher.is_remote else None,
+                told_ahead=self.judge if cfg.asked_teacher.is_told_ahead else None,
                 micro_batch_size=cfg.train.micro_batch_size,
                 grad_accum=cfg.train.grad_accum,
                 seed=cfg.run.seed,

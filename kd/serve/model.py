@@ -16,6 +16,7 @@ from kd.model import rendering_digest, tokenizer_digest
 from kd.parallel import World
 from kd.serve.config import ServerConfig
 from kd.teacher.payload import Hidden, Payload, split, tensors, top_k
+from kd.teacher.weights import weights_digest
 from kd.teacher.wire import Info, pack_head
 from kd.types import DenseTargets, Rollout, UserError
 
@@ -79,6 +80,7 @@ class ServedModel:
         return Info(
             model=teacher.name,
             revision=teacher.revision,
+            weights=weights_digest(teacher),
             dtype=str(dense.hidden_ND.dtype).removeprefix("torch."),
             vocab_size=vocab_size,
             hidden_size=hidden_size,

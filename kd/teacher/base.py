@@ -53,8 +53,8 @@ class TeacherConfig:
         return False
 
     @property
-    def is_remote(self) -> bool:
-        """Whether it works while this process does something else."""
+    def is_told_ahead(self) -> bool:
+        """Whether it is told of the batches of the next step while this one is trained on."""
         return False
 
     def identity(self, parallel: ParallelConfig) -> dict[str, str]:

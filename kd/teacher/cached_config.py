@@ -111,7 +111,7 @@ class CachedTeacherConfig(TeacherConfig):
 
         def build_source() -> BaseTeacher:
             if world.is_main:
-                log.info("cache: %s lacks responses, the teacher is loaded", self.folder)
+                log.info("cache: the teacher that fills %s is loaded", self.folder)
             cuda = [world.device] if world.device.type == "cuda" else []
             # Loaded or not, and whenever: what a run draws at random stays the same.
             with torch.random.fork_rng(devices=cuda):

@@ -46,6 +46,8 @@ class Served:
     stop_ids: list[int]
     head: Head | None
     """None: what is served are log-probs."""
+    identity: dict[str, str]
+    """Of the weights that are served, and in which precision, as far as the server tells."""
 
 
 class TeacherEngine(Protocol):
@@ -221,14 +223,15 @@ class KdEngine:
         """See `TeacherEngine`."""
         assert self.info is not None
         vocab = min(self.session.vocab, self.info.vocab_size)
+        identity = {"weights": self.info.weights, "compute_dtype": self.info.dtype}
         if not self.config.is_dense:
-            return Served(vocab, self.info.stop_ids, None)
+            return Served(vocab, self.info.stop_ids, None, identity)
         body = await request_bytes(http, f"{url}/v1/head", None, self.session.timeout_s)
         try:
             head = Head(*unpack_head(body))
         except ValueError as error:
             raise Fault(f"{url} sends no head: {error}", answered=True) from None
-        return Served(vocab, self.info.stop_ids, head)
+        return Served(vocab, self.info.stop_ids, head, identity)
 
     async def ask(
         self, http: httpx.AsyncClient, url: str, responses: list[Response]

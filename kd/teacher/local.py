@@ -44,10 +44,11 @@ class LocalTeacherConfig(PretrainedModel, TeacherConfig):
         return not self.offload
 
     def identity(self, parallel: ParallelConfig) -> dict[str, str]:
-        """Its weights and its precision; where a folder lies does not matter."""
+        """Its weights, unless they are not there, and its precision."""
+        weights = weights_digest(self)
         return {
             "name": self.name,
-            "weights": weights_digest(self),
+            **({} if weights is None else {"weights": weights}),
             "dtype": self.dtype,
             "compute_dtype": parallel.compute_dtype,
         }

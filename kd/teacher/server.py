@@ -36,6 +36,8 @@ class ServerTeacherConfig(TeacherConfig):
     """Of the log-probs asked for: ${loss.temperature}."""
     max_length: int = 2048
     """Tokens that the servers must have room for: ${data.max_length}."""
+    ahead: bool = True
+    """Ask for the targets of the next step while this one is trained on."""
     rows_per_request: int = 4
     max_concurrency: int = 16
     """Requests under way, per rank."""
@@ -83,9 +85,13 @@ class ServerTeacherConfig(TeacherConfig):
         return self.engine.keeps_tail
 
     @property
-    def is_remote(self) -> bool:
+    def is_told_ahead(self) -> bool:
         """See the base class."""
-        return True
+        return self.ahead
+
+    def identity(self, parallel: ParallelConfig) -> dict[str, str]:
+        """See the base class; the servers tell of their weights."""
+        return {"name": self.name}
 
     def build_processor(self, corpus: Callable[[], list[str]]) -> ProcessorMixin:
         """The teacher's, without its weights."""
@@ -149,6 +155,11 @@ class ServerTeacher(BaseTeacher):
                 None if bias_V is None else bias_V.to(world.device),
             )
             self.served.head = None
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """See the base class."""
+        return self.served.identity
 
     async def _connect(self) -> Served:
         for url in self.config.urls:  # one after the other: they are compared with each other

@@ -81,7 +81,7 @@ class VllmTeacherEngine:
 
     async def served(self, http: httpx.AsyncClient, url: str) -> Served:
         """See `TeacherEngine`."""
-        return Served(self.session.vocab, [], None)
+        return Served(self.session.vocab, [], None, {"served": self._names[url]})
 
     async def ask(
         self, http: httpx.AsyncClient, url: str, responses: list[Response]

@@ -16,10 +16,10 @@ from kd.model import PretrainedModel
 SPOTS, SPOT_BYTES = 512, 4096
 
 
-def weights_digest(model: PretrainedModel) -> str:
+def weights_digest(model: PretrainedModel) -> str | None:
     """Of the weights that a config names: the commit of the hub, or what a folder holds.
 
-    Raises OSError or ValueError where there is no such model.
+    None: the folder holds no weights. Raises OSError or ValueError where there is no such model.
     """
     if Path(model.name).is_dir():
         return folder_digest(Path(model.name))
@@ -29,8 +29,8 @@ def weights_digest(model: PretrainedModel) -> str:
     return f"{model.name}@{config._commit_hash}"
 
 
-def folder_digest(folder: Path) -> str:
-    """Digest of config.json and of the files with weights: their names and sizes, the headers of
+def folder_digest(folder: Path) -> str | None:
+    """None where there are no weights, else the digest of config.json and of the files with weights: their names and sizes, the headers of
     safetensors, and blocks of 4 KiB, one from the middle of each tensor (of 512 in a file, at
     most) and 512 that are spread over a file.
 
@@ -38,8 +38,10 @@ def folder_digest(folder: Path) -> str:
     escape it. Times and places of files do not count: a copy has the same digest.
     """
     hashed = hashlib.blake2b(digest_size=16)
-    found = [*folder.glob("*.safetensors"), *folder.glob("*.bin"), folder / "config.json"]
-    for path in sorted(path for path in found if path.is_file()):
+    weights = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
+    if not weights:
+        return None
+    for path in [folder / "config.json", *weights]:
         size = path.stat().st_size
         hashed.update(f"{path.name} {size}\n".encode())
         with path.open("rb") as file:

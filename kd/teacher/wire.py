@@ -31,6 +31,8 @@ class Info:
 
     model: str
     revision: str | None
+    weights: str
+    """`kd.teacher.weights.weights_digest`"""
     dtype: str
     """Of its hidden states and head."""
     vocab_size: int
