@@ -30,12 +30,12 @@ def weights_digest(model: PretrainedModel) -> str | None:
 
 
 def folder_digest(folder: Path) -> str | None:
-    """None where there are no weights, else the digest of config.json and of the files with weights: their names and sizes, the headers of
-    safetensors, and blocks of 4 KiB, one from the middle of each tensor (of 512 in a file, at
-    most) and 512 that are spread over a file.
+    """Digest of a folder's config.json and files with weights; None: it has no such files.
 
-    Training changes nearly every number and so the digest; a change of few numbers by hand may
-    escape it. Times and places of files do not count: a copy has the same digest.
+    It is of their names and sizes, the headers of safetensors, and blocks of 4 KiB: one from the
+    middle of each tensor (of 512 in a file, at most) and 512 that are spread over a file. Training
+    changes nearly every number and so the digest; a change of few numbers by hand may escape it.
+    Times and places of files do not count: a copy has the same digest.
     """
     hashed = hashlib.blake2b(digest_size=16)
     weights = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
