@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or absent, and the exported model.
+"""Checkpoints that are whole or absent.
 
 `checkpoints/step_000100/` holds the sharded weights and optimizer state (torch.distributed
 .checkpoint: any number of ranks can read them), one JSON file per rank with its random state, one
@@ -32,13 +32,10 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
     get_state_dict,
     set_state_dict,
 )
 from torch.optim import Optimizer
-from transformers import PreTrainedModel, ProcessorMixin
 
 from kd.parallel import World
 from kd.types import UserError
@@ -336,45 +333,3 @@ def set_random_state(text: str) -> None:
 
 def _bytes_tensor(text: str) -> torch.Tensor:
     return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
-
-
-# ---- export ------------------------------------------------------------------------------------
-
-
-def export(
-    folder: Path,
-    root: nn.Module,
-    model: PreTrainedModel,
-    processor: ProcessorMixin,
-    world: World,
-    dtype: str,
-) -> None:
-    """Write `model` (held by `root`) and its processor as a Hugging Face folder, atomically."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = get_model_state_dict(root, options=options)  # on rank 0; empty elsewhere
-    if world.is_main:
-        partial = folder.with_name(f".partial_{folder.name}")
-        shutil.rmtree(partial, ignore_errors=True)
-        target = getattr(torch, dtype)
-        prefix = "model."  # the attribute of the root that holds the model
-        # A tied head is the embedding: it is stored once.
-        names = [f"{prefix}{name}" for name, _ in model.named_parameters()]
-        buffers = [f"{prefix}{name}" for name, _ in model.named_buffers()]
-        weights = {
-            name.removeprefix(prefix): value.to(target) if value.is_floating_point() else value
-            for name, value in state.items()
-            if name in {*names, *buffers}
-        }
-        model.save_pretrained(partial, state_dict=weights)
-        model.config.dtype = target  # save_pretrained has written that of the trained weights
-        model.config.save_pretrained(partial)
-        processor.save_pretrained(partial)
-        for weights_file in partial.glob("*.safetensors"):  # written for their owner alone
-            shutil.copymode(partial / "config.json", weights_file)
-        old = folder.with_name(f".old_{folder.name}")
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            os.rename(folder, old)
-        os.rename(partial, folder)
-        shutil.rmtree(old, ignore_errors=True)
-    world.barrier()

@@ -282,11 +282,6 @@ def validate(config: VlmKDConfig) -> None:
                 "data.require_answer=false leaves nothing to validate by: give rows with answers "
                 "in data.validation_path (or validation_split), or set train.val_every=null"
             )
-    if config.student.dtype != "float32":
-        raise UserError(
-            f"student.dtype={config.student.dtype}: the trained weights are kept in float32 (small "
-            "updates vanish otherwise); parallel.compute_dtype sets what it computes in"
-        )
     if config.train.export == "best" and config.checkpoint.best_metric is None:
         raise UserError("train.export=best needs checkpoint.best_metric")
     metric = config.checkpoint.best_metric

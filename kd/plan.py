@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -83,13 +83,14 @@ def make_plan(config: VlmKDConfig) -> Plan:
         model = config.student.meta_model()
         student = Student(model, config.loss.build(config.kd_ratio))
         student.freeze(config.student.freeze)
+        student.adapt(config.student.lora, config.run.seed)
         whole = _Whole.of(model)
         student.distribute(world, config.parallel)
         # Also checks the optimizer's choices.
         config.optim.build(student, config.train.max_steps)
         compute_bytes = DTYPES[config.parallel.compute_dtype].itemsize
         reduce_bytes = DTYPES[config.parallel.reduce_dtype].itemsize
-        local_trained = _local_numel(student, trained=True)
+        local_trained = sum(_local(p).numel() for p in student.parameters() if p.requires_grad)
         unsharded_gradients = (
             whole.trained
             if config.train.grad_accum != 1 and not config.parallel.sync_every_micro_batch
@@ -100,13 +101,13 @@ def make_plan(config: VlmKDConfig) -> Plan:
             student_parameters=whole.parameters,
             trained_parameters=whole.trained,
             teacher_parameters=0,
-            student_weights=4 * _local_numel(student),
+            student_weights=_local_bytes(student),
             gradients=4 * local_trained + reduce_bytes * unsharded_gradients,
             optimizer=8 * local_trained,
             teacher_weights=0,
             gathered=compute_bytes * (whole.root + 2 * whole.largest_block),
             activations=_activations(config, model.config, compute_bytes),
-            loss_buffers=_loss_buffers(config, model.config),
+            loss_buffers=_loss_buffers(config, model),
             rows_per_step=config.train.global_batch_size or 0,
             tokens_per_step=(config.train.global_batch_size or 0) * config.data.max_length,
         )
@@ -124,8 +125,7 @@ def _add_teacher(
     vlm = FrozenVLM(model)
     vlm.distribute(world, config.parallel)
     plan.teacher_parameters = whole.parameters
-    held_bytes = getattr(torch, teacher.dtype).itemsize
-    plan.teacher_weights = 0 if teacher.cpu_offload else held_bytes * _local_numel(vlm)
+    plan.teacher_weights = 0 if teacher.cpu_offload else _local_bytes(vlm)
     compute_bytes = DTYPES[config.parallel.compute_dtype].itemsize
     plan.gathered += compute_bytes * (whole.root + 2 * whole.largest_block)
 
@@ -152,12 +152,12 @@ class _Whole:
         return cls(parameters, trained, max(sizes), parameters - sum(sizes))
 
 
-def _local_numel(module: nn.Module, *, trained: bool = False) -> int:
-    return sum(
-        (p.to_local() if isinstance(p, DTensor) else p).numel()
-        for p in module.parameters()
-        if p.requires_grad or not trained
-    )
+def _local(parameter: Tensor) -> Tensor:
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def _local_bytes(module: nn.Module) -> int:
+    return sum(_local(p).nbytes for p in module.parameters())
 
 
 def _activations(config: VlmKDConfig, model: PreTrainedConfig, itemsize: int) -> int:
@@ -177,12 +177,12 @@ def _activations(config: VlmKDConfig, model: PreTrainedConfig, itemsize: int) ->
     return tokens * itemsize * layers * block
 
 
-def _loss_buffers(config: VlmKDConfig, model: PreTrainedConfig) -> int:
-    """The chunk of logits, and the head's gradient in float32."""
-    text = model.get_text_config()
+def _loss_buffers(config: VlmKDConfig, model: PreTrainedModel) -> int:
+    """The chunk of logits, and the gradient of a head that is trained in float32."""
     device = torch.device(config.parallel.device_type())
     chunk_mib = config.loss.chunk_mib or default_budget_mib(device)
-    return chunk_mib * 2**20 + 4 * text.vocab_size * text.hidden_size
+    head = model.get_output_embeddings().weight
+    return chunk_mib * 2**20 + 4 * head.numel() * head.requires_grad
 
 
 def print_plan(config: VlmKDConfig) -> None:
@@ -196,7 +196,7 @@ def print_plan(config: VlmKDConfig) -> None:
     table.add_row("teacher parameters", f"{plan.teacher_parameters / 1e9:.3f} B")
     table.add_section()
     for name, size in {
-        "student weights (float32, sharded)": plan.student_weights,
+        f"student weights ({config.student.dtype}, sharded)": plan.student_weights,
         "gradients": plan.gradients,
         "optimizer (AdamW, sharded)": plan.optimizer,
         "teacher weights (sharded)": plan.teacher_weights,

@@ -45,6 +45,8 @@ FREE_KEYS = (
     "train.grad_accum",
     "train.log_every",
     "train.save_every",
+    # What is made of a finished run.
+    "student.lora.export",
     # Where the teacher's word is kept.
     "teacher.folder",
     "teacher.require_full",

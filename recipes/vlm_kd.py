@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from kd.align import Aligner, TokenBytes
-from kd.checkpoint import Checkpoints, export, random_state, set_random_state
+from kd.checkpoint import Checkpoints, random_state, set_random_state
 from kd.config import DoctorMode, VlmKDConfig
 from kd.data import BatchStream, Collator, Renderer, Split, validation_batches
 from kd.doctor import Doctor, report
@@ -26,7 +26,7 @@ from kd.logger import RolloutRecord
 from kd.logger.report import write_report
 from kd.loss import AlignedLossConfig
 from kd.metrics import LossSum, Timer, peak_mem_gib
-from kd.model import VLM, Pairing, Student, check_images, pair
+from kd.model import VLM, Pairing, Student, check_images, export, pair
 from kd.parallel import World
 from kd.plan import print_plan
 from kd.rollout import Parts, Policy
@@ -54,6 +54,7 @@ class VlmKD:
         model = cfg.student.build(self.processor, with_weights=world.is_main)
         self.student = Student(model, cfg.loss.build(cfg.kd_ratio))
         self.student.freeze(cfg.student.freeze)
+        self.student.adapt(cfg.student.lora, cfg.run.seed)
         if cfg.parallel.activation_checkpointing:
             self.student.checkpoint_activations()
         self.student.distribute(world, cfg.parallel)
@@ -365,14 +366,7 @@ class VlmKD:
         best = self.checkpoints.best_step()
         if self.cfg.train.export == "best" and best is not None:
             self.checkpoints.load(best, self.student, self.optimizer)
-        export(
-            self.run_dir.export,
-            self.student,
-            self.student.model,
-            self.processor,
-            self.world,
-            self.cfg.student.export_dtype,
-        )
+        export(self.run_dir.export, self.student, self.processor, self.cfg.student, self.world)
 
 
 def main(cfg: VlmKDConfig, overrides: list[str]) -> None:

@@ -64,6 +64,20 @@ ONE_GROUP = [
     # models
     mistake("student.dtype=float8", r"student\.dtype=float8: use float32, bfloat16 or float16"),
     mistake("student.export_dtype=int8", r"student\.export_dtype=int8"),
+    mistake(
+        "student.dtype=bfloat16", r"student\.dtype=bfloat16: the trained weights are kept in fl"
+    ),
+    mistake("student.lora.rank=-1", r"student\.lora\.rank=-1: at least 1, or 0"),
+    mistake("student.lora.alpha=0", r"student\.lora\.alpha=0\.0: must be above 0"),
+    mistake("student.lora.dropout=1", r"student\.lora\.dropout=1\.0: must be in \[0, 1\)"),
+    mistake("student.lora.parts=[]", r"student\.lora\.parts=\[\]: name what has adapters"),
+    mistake("student.lora.export=lora", r"student\.lora\.export=lora: use merged or adapters"),
+    mistake("student.lora.export=adapters", r"there are none with student\.lora\.rank=0"),
+    mistake("student.lora.rank=8", r"rank=8 trains adapters alone: set student\.freeze=\[\]"),
+    mistake(
+        "student=digits_small student.lora.rank=8 student.lora.export=adapters",
+        r"student\.lora\.export=adapters: a model made from scratch",
+    ),
     mistake("teacher.dtype=double", r"teacher\.dtype=double"),
     mistake(
         "teacher.processor.min_pixels=900 teacher.processor.max_pixels=400",

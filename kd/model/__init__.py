@@ -9,6 +9,8 @@ from kd.model.compare import (
     tokenizer_difference,
     tokenizer_digest,
 )
+from kd.model.export import export, gather
+from kd.model.lora import LoRAConfig
 from kd.model.processor import ProcessorConfig, check_images
 from kd.model.spec import (
     ModelConfig,
@@ -23,6 +25,7 @@ __all__ = [
     "ALIGNMENTS",
     "VLM",
     "FrozenVLM",
+    "LoRAConfig",
     "ModelConfig",
     "Pairing",
     "PretrainedModel",
@@ -33,6 +36,8 @@ __all__ = [
     "TrainedModel",
     "check_images",
     "cut",
+    "export",
+    "gather",
     "pair",
     "rendering_digest",
     "same_rendering",

@@ -44,10 +44,10 @@ def parts(model: PreTrainedModel) -> dict[str, list[str]]:
     return {part: [names[m] for m in modules if _trainable(m)] for part, modules in found.items()}
 
 
-def find_part(model: PreTrainedModel, name: str) -> list[nn.Module]:
+def find_part(model: PreTrainedModel, name: str, key: str) -> list[nn.Module]:
     """The modules under a name: one of `parts`, `layers.3`, `layers.0-7`, or a module's own name.
 
-    Raises UserError where there is no such part.
+    Raises UserError, speaking of the config's `key`, where there is no such part.
     """
     layer = re.fullmatch(r"layers\.(\d+)(?:-(\d+))?", name)
     if name in PART_NAMES:
@@ -56,7 +56,7 @@ def find_part(model: PreTrainedModel, name: str) -> list[nn.Module]:
         layers = parts(model)["layers"]
         first, last = int(layer[1]), int(layer[2] or layer[1])
         if not first <= last < len(layers):
-            raise UserError(f"student.freeze: {name}: the layers are 0 to {len(layers) - 1}")
+            raise UserError(f"{key}: {name}: the layers are 0 to {len(layers) - 1}")
         names = layers[first : last + 1]
     else:
         names = [name]
@@ -65,7 +65,7 @@ def find_part(model: PreTrainedModel, name: str) -> list[nn.Module]:
     except AttributeError as error:
         known = ", ".join(f"{model.base_model_prefix}.{n}" for n, _ in _children(model))
         raise UserError(
-            f"student.freeze: {name} is no part of {type(model).__name__}; "
+            f"{key}: {name} is no part of {type(model).__name__}; "
             f"there is {', '.join(PART_NAMES)}, layers.0-7, {known}"
         ) from error
 

@@ -20,6 +20,7 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
+from kd.model.lora import LoRAConfig
 from kd.model.processor import ProcessorConfig
 from kd.model.tiny import SPECIAL_TOKENS, build_processor
 from kd.types import UserError
@@ -34,7 +35,7 @@ class ModelConfig:
     itself for `scratch`; for pretrained ones it serves dry runs, which need no network."""
     processor: ProcessorConfig = field(default_factory=ProcessorConfig)
     dtype: str = "float32"
-    """In which the weights are held; the trained model's should be float32."""
+    """In which the weights are held; trained ones are float32 always, adapters too."""
     attn_implementation: str = "sdpa"
     trust_remote_code: bool = False
     """Run code that comes with the model or its processor."""
@@ -116,6 +117,11 @@ class PretrainedModel(ModelConfig):
             return self._config()
 
     def _config(self) -> PreTrainedConfig:
+        if (Path(self.name) / "adapter_config.json").exists():
+            raise UserError(
+                f"{self.name} holds adapters, and no model: give the export of a run with "
+                "student.lora.export=merged"
+            )
         config = AutoConfig.from_pretrained(
             self.name, revision=self.revision, trust_remote_code=self.trust_remote_code
         )
@@ -129,14 +135,27 @@ class TrainedModel(ModelConfig):
     """Fields of a model that is trained and exported."""
 
     freeze: list[str] = field(default_factory=list)
-    """Parts that are not trained: names of submodules, such as `model.visual`."""
+    """Parts that are not trained: vision_tower, projector, embeddings (with a head tied to them),
+    layers, layers.0-7, or a module's own name."""
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
     export_dtype: str = "bfloat16"
     """In which the exported weights are written."""
 
     def validate(self, key: str) -> None:
-        """Also check the export's."""
+        """Also check the export's, and what is trained."""
         super().validate(key)
         _check_dtype(f"{key}.export_dtype", self.export_dtype)
+        self.lora.validate(f"{key}.lora")
+        if self.lora.rank > 0 and self.freeze:
+            raise UserError(
+                f"{key}.lora.rank={self.lora.rank} trains adapters alone: set {key}.freeze=[], and "
+                f"say by {key}.lora.parts what has some"
+            )
+        if self.dtype != "float32" and self.lora.rank == 0:
+            raise UserError(
+                f"{key}.dtype={self.dtype}: the trained weights are kept in float32 (small updates "
+                "vanish otherwise); parallel.compute_dtype sets what it computes in"
+            )
 
 
 @dataclass
@@ -159,6 +178,11 @@ class ScratchModel(TrainedModel):
         smallest = 256 + len(SPECIAL_TOKENS)
         if self.vocab_size < smallest:
             raise UserError(f"{key}.vocab_size={self.vocab_size}: at least {smallest} are needed")
+        if self.lora.export == "adapters":
+            raise UserError(
+                f"{key}.lora.export=adapters: a model made from scratch is in no folder that they "
+                "could be loaded onto: use merged"
+            )
 
     def build_processor(self, corpus: Callable[[], list[str]]) -> ProcessorMixin:
         """A tokenizer trained on `corpus`, or the processor named by `processor.name`."""

@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from kd.model.lora import Adapters, LoRAConfig
 from kd.model.parts import find_part
 from kd.objective import KDOutput
 from kd.parallel import ParallelConfig, World, shard
@@ -38,6 +39,7 @@ class VLM(nn.Module):
         super().__init__()
         _check_head(model)
         self.model = model
+        self.adapters = Adapters()
         self.lockstep = False
         self._gathered = False
 
@@ -216,10 +218,14 @@ class Student(VLM):
     def freeze(self, parts: list[str]) -> None:
         """Exclude parts (see `find_part`); before `distribute`, as FSDP reads requires_grad."""
         for name in parts:
-            for module in find_part(self.model, name):
+            for module in find_part(self.model, name, "student.freeze"):
                 module.requires_grad_(False)
         if not any(p.requires_grad for p in self.parameters()):
             raise UserError(f"student.freeze={parts} leaves nothing to train")
+
+    def adapt(self, lora: LoRAConfig, seed: int) -> None:
+        """Freeze all but adapters, if there are to be any; before `distribute`, like `freeze`."""
+        self.adapters = lora.inject(self.model, seed)
 
     def checkpoint_activations(self) -> None:
         """Recompute each block in the backward instead of keeping its activations."""

@@ -17,13 +17,14 @@ from typing import Any
 
 import httpx
 
+from kd.model import gather
 from kd.parallel import DTYPES
 from kd.remote import Fault, check_prompt, client
 from kd.rollout.engine import Engine, EngineConfig, Policy, Sampling
 from kd.rollout.vllm_chat import Answer, chat_request, read_answer
 from kd.rollout.vllm_handshake import handshake, prompt_ids
 from kd.rollout.vllm_servers import Servers, Weights
-from kd.rollout.vllm_weights import gather, remove_others, write
+from kd.rollout.vllm_weights import remove_others, write
 from kd.types import Rollout, Sample, UserError
 
 log = logging.getLogger("kd")

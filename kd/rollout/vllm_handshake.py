@@ -57,7 +57,9 @@ def _check_sizes(url: str, root: str, policy: Policy) -> None:
     except ValueError:
         raise UserError(f"{url} serves {root}, which is no model that reads images") from None
     served = {name: tuple(p.shape) for name, p in theirs.named_parameters()}
-    ours = {name: tuple(p.shape) for name, p in policy.vlm.model.named_parameters()}
+    vlm = policy.vlm
+    sizes = {n: torch.empty(p.shape, device="meta") for n, p in vlm.model.named_parameters()}
+    ours = {name: tuple(size.shape) for name, size in vlm.adapters.merge(sizes).items()}
     names = [name for name in ours | served if ours.get(name) != served.get(name)]
     if names:
         name = names[0]

@@ -4,22 +4,11 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import cast
 
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from kd.model import VLM
 from kd.parallel import DTYPES
 from kd.rollout.engine import Policy
-
-
-def gather(vlm: VLM) -> dict[str, Tensor]:
-    """The whole weights in rank 0's memory, nothing on the others. Collective."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    prefix = "model."  # the attribute of the VLM that holds the model
-    state = get_model_state_dict(vlm, options=options)
-    return {name.removeprefix(prefix): cast(Tensor, value) for name, value in state.items()}
 
 
 def write(folder: Path, state: dict[str, Tensor], policy: Policy, dtype: str) -> None:

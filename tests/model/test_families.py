@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import (
@@ -22,78 +17,26 @@ from transformers import (
     MllamaConfig,
     PreTrainedConfig,
     PreTrainedModel,
-    ProcessorMixin,
 )
 
-from kd.checkpoint import export
 from kd.data import Collator, Renderer
 from kd.loss import ForwardKLConfig
-from kd.model import FrozenVLM, PretrainedModel, ScratchModel, Student, cut, same_rendering
+from kd.model import (
+    FrozenVLM,
+    PretrainedModel,
+    PretrainedStudent,
+    ScratchModel,
+    Student,
+    cut,
+    export,
+    same_rendering,
+)
 from kd.model.parts import parts
 from kd.parallel import ParallelConfig, World
 from kd.parallel.shard import blocks
 from kd.types import Batch, Inputs, Rollout, Sample, UserError
-from tests.model.families import FAMILIES, write
-
-# Of the vision tower, what comes after the layer whose output is an image's features.
-UNREAD = {
-    "llava": ("encoder.layers.1.", "post_layernorm."),
-    "llava_onevision": ("post_layernorm.",),
-}
-
-
-@dataclass
-class Family:
-    name: str
-    folder: Path
-    teacher_folder: Path
-    processor: ProcessorMixin
-
-    def model(self, dtype: str = "float32") -> PreTrainedModel:
-        return AutoModelForImageTextToText.from_pretrained(self.folder, dtype=dtype)
-
-    def teacher(self) -> FrozenVLM:
-        return FrozenVLM(AutoModelForImageTextToText.from_pretrained(self.teacher_folder))
-
-    def collator(self, lockstep: bool = False) -> Collator:
-        return Collator(Renderer(self.processor), None, 2048, lockstep)
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
-def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Family:
-    if request.param == "smolvlm" and importlib.util.find_spec("num2words") is None:
-        pytest.skip("its processor needs num2words")
-    folder = tmp_path_factory.mktemp(request.param)
-    write(request.param, folder / "student", seed=0)
-    write(request.param, folder / "teacher", seed=1)
-    processor = AutoProcessor.from_pretrained(folder / "student")
-    return Family(request.param, folder / "student", folder / "teacher", processor)
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    threads = torch.get_num_threads()
-    made = ParallelConfig(device="cpu", cpu_threads=1).build()
-    yield made
-    made.close()
-    torch.set_num_threads(threads)
-
-
-def image(width: int, height: int, seed: int) -> Image.Image:
-    noise = np.random.RandomState(seed).randint(0, 256, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(noise)
-
-
-def row(name: str, answer: str, *images: Image.Image) -> Sample:
-    parts = [{"type": "image"} for _ in images]
-    content = [*parts, {"type": "text", "text": "What is in the picture? " * (1 + len(answer) % 3)}]
-    return Sample(name, [{"role": "user", "content": content}], list(images), answer)
-
-
-TWO = row("two", "No.", image(32, 32, 1), image(48, 64, 2))
-NONE = row("none", "A red square, that is all there is.")
-ONE = row("one", "A blue circle.", image(64, 32, 0))
-ROWS = [TWO, NONE, ONE]
+from tests.model.conftest import NONE, ONE, ROWS, TWO, UNREAD, Family, image
+from tests.model.families import write
 
 
 def by_row(batch: Batch, x_ND: Tensor) -> list[Tensor]:
@@ -331,7 +274,8 @@ def test_sharded_it_has_the_same_loss_and_exports(family: Family, world: World, 
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-2)
     optimizer.step()
 
-    export(tmp_path / "export", student, student.model, family.processor, world, "float32")
+    spec = PretrainedStudent(name=str(family.folder), export_dtype="float32")
+    export(tmp_path / "export", student, family.processor, spec, world)
     loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "export")
     processor = AutoProcessor.from_pretrained(tmp_path / "export")
     again = Collator(Renderer(processor), None, 2048, lockstep=False)(ROWS)
@@ -350,6 +294,31 @@ def test_sharded_and_gathered_it_answers_the_same(family: Family, world: World):
     for _ in range(2):
         with vlm.gathered():
             assert torch.equal(vlm.generate(*arguments), expected)
+
+
+@pytest.mark.parametrize(
+    "names", [["vision_tower", "projector"], ["embeddings", "layers.0"], ["layers.0-1"]], ids=str
+)
+def test_frozen_parts_stay_and_the_rest_is_trained(family: Family, world: World, names: list[str]):
+    student = Student(family.model(), ForwardKLConfig().build(0.0))
+    student.freeze(names)
+    found = parts(student.model)
+    found |= {f"layers.{i}": [layer] for i, layer in enumerate(found["layers"])}
+    found |= {"layers.0-1": found["layers"]}
+    inside = tuple(f"model.{module}." for name in names for module in found[name])
+    student.distribute(world, ParallelConfig(device="cpu"))
+    before = {name: p.detach().clone() for name, p in student.named_parameters()}
+    batch = family.collator()(ROWS)
+    student.distill(batch, None, batch.num_targets).loss.backward()
+    torch.optim.AdamW([p for p in student.parameters() if p.grad is not None], lr=1e-2).step()
+
+    after = dict(student.named_parameters())
+    moved = {name for name, p in after.items() if not torch.equal(p, before[name])}
+    frozen = {name for name, p in after.items() if not p.requires_grad}
+    assert frozen == {name for name in after if name.startswith(inside)}
+    tower = found["vision_tower"][0]
+    unread = tuple(f"model.{tower}.{name}" for name in UNREAD.get(family.name, ()))
+    assert moved == {name for name in after if name not in frozen and not name.startswith(unread)}
 
 
 def test_sharded_it_runs_in_bfloat16(family: Family, world: World):

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from kd.data import Collator, Renderer
-from kd.model import VLM, ScratchModel
+from kd.model import VLM, LoRAConfig, ScratchModel
 from kd.model.tiny import build_processor
 from kd.parallel import ParallelConfig, World
 from kd.rollout import Policy, Sampling
@@ -509,6 +509,24 @@ def test_weights_are_whole_before_they_are_loaded_and_older_ones_go(policy, stan
     assert server.state.asked.index("/pause") < server.state.asked.index("/collective_rpc")
     engine.close()
     assert not folder.exists()
+
+
+def test_adapters_are_handed_over_merged(policy, standin):
+    model = policy.vlm.model
+    plain = {name: p.detach().clone() for name, p in model.named_parameters()}
+    policy.vlm.adapters = LoRAConfig(rank=2, alpha=6.0).inject(model, 0)
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name:
+            parameter.data.normal_()
+    engine = synced(policy, standin(), weights_dtype="float32")
+    state = load_file(engine.weights.folder / "model.safetensors")
+    assert set(state) == {*plain, "lm_head.weight"}
+    layer = policy.vlm.adapters.layers[0]
+    a, b = (model.get_parameter(f"{layer}.lora_{x}.default.weight") for x in "AB")
+    weight = f"{layer}.weight"
+    torch.testing.assert_close(state[weight], plain[weight] + 3.0 * b @ a)
+    changed = {name for name, before in plain.items() if not torch.equal(state[name], before)}
+    assert changed == {f"{name}.weight" for name in policy.vlm.adapters.layers}
 
 
 def test_weights_that_do_not_load_end_the_run(policy, standin):
