@@ -1,10 +1,11 @@
 """Checkpoints that are whole or absent.
 
-`checkpoints/step_000100/` holds the sharded weights and optimizer state (torch.distributed
-.checkpoint: any number of ranks can read them), one JSON file per rank with its random state, one
-with everything small, and a manifest with the size and CRC of every file. It is written under
-a temporary name, flushed to the disk, and renamed at last: a kill at any moment leaves the last
-whole checkpoint in place.
+`checkpoints/step_000100/` holds the sharded weights that are trained and the optimizer state
+(torch.distributed.checkpoint: any number of ranks can read them), one JSON file per rank with its
+random state, one with everything small, and a manifest with the size and CRC of every file. Frozen
+weights come from where the student comes from; only a sum of them is kept, to know them by. It is
+written under a temporary name, flushed to the disk, and renamed at last: a kill at any moment
+leaves the last whole checkpoint in place.
 """
 
 from __future__ import annotations
@@ -32,9 +33,12 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_state_dict,
-    set_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
 )
+from torch.distributed.tensor import DTensor, Partial, Shard
 from torch.optim import Optimizer
 
 from kd.parallel import World
@@ -102,6 +106,7 @@ class Checkpoints:
         """
         self.finish()
         partial = self._partial(step)
+        state, frozen = _state(student, optimizer)
         if self.world.is_main:
             for leftover in self.folder.glob(".partial_*"):
                 shutil.rmtree(leftover)
@@ -110,9 +115,8 @@ class Checkpoints:
         (partial / "random" / f"rank_{self.world.rank:05d}.json").write_text(random_state())
         if self.world.is_main:
             best = None if self._best is None else dataclasses.asdict(self._best)
-            small = {"step": step, "best": best, **small}
+            small = {"step": step, "best": best, "frozen": frozen, **small}
             (partial / "small.json").write_text(json.dumps(small, indent=1))
-        state = _state(student, optimizer)
         if self.config.save_async:
             future = dcp.async_save(
                 _own_copy(state), checkpoint_id=partial / "state", process_group=self._group
@@ -215,18 +219,20 @@ class Checkpoints:
     def load(self, step: int, student: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
         """Put student, optimizer and random state back; returns the small state."""
         path = self.path(step)
-        state = _state(student, optimizer)
+        small = json.loads((path / "small.json").read_text())
+        state, frozen = _state(student, optimizer)
+        if frozen != small["frozen"]:
+            self.world.agree(
+                f"{path} was saved with other frozen weights, which it does not hold\n"
+                "Give the student's folder or revision that the run began with, or another run.name"
+            )
         dcp.load(state, checkpoint_id=path / "state")
-        set_state_dict(
-            student,
-            optimizer,
-            model_state_dict=state["student"],
-            optim_state_dict=state["optimizer"],
-        )
+        # Not strict: the frozen weights stay. What it should hold, `dcp.load` has found in it.
+        set_model_state_dict(student, state["student"], options=StateDictOptions(strict=False))
+        set_optimizer_state_dict(student, optimizer, state["optimizer"])
         mine = path / "random" / f"rank_{self.world.rank:05d}.json"
         if mine.exists():  # absent where the run went on with more ranks
             set_random_state(mine.read_text())
-        small = json.loads((path / "small.json").read_text())
         best = None if small["best"] is None else Best(**small["best"])
         asked = (self.config.best_metric, self.config.best_mode)
         self._best = best if best and (best.metric, best.mode) == asked else None
@@ -242,9 +248,23 @@ def _plain_errors() -> Iterator[None]:
         raise next(cause for cause, _ in error.failures.values()) from None
 
 
-def _state(student: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+def _state(student: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Any], int]:
+    """What a checkpoint holds: all but frozen weights; and the sum of those. Collective."""
     student_state, optimizer_state = get_state_dict(student, optimizer)
-    return {"student": student_state, "optimizer": optimizer_state}
+    # Also a tied head, which the option `ignore_frozen_params` leaves.
+    named = student.named_parameters(remove_duplicate=False)
+    frozen = [student_state.pop(name) for name, p in named if not p.requires_grad]
+    return {"student": student_state, "optimizer": optimizer_state}, _sum_of_bits(frozen)
+
+
+def _sum_of_bits(weights: list[DTensor]) -> int:
+    """The same however they are sharded: over the shards of one copy of the model, not of all."""
+    if not weights:
+        return 0
+    sums = [weight.to_local().view(torch.int16).sum(dtype=torch.int64) for weight in weights]
+    placements = [Partial() if isinstance(p, Shard) else p for p in weights[0].placements]
+    total = DTensor.from_local(torch.stack(sums).sum(), weights[0].device_mesh, placements)
+    return int(total.full_tensor())
 
 
 def _own_copy(state: Any) -> Any:

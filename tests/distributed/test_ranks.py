@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tests.conftest import metrics, subprocess_env
 
@@ -163,6 +165,36 @@ def test_a_mix_on_ranks(train, rows, tmp_path):
         shares = metrics(run, "rollout/on_policy")
         assert set(shares.values()) <= {0, 0.5, 1} and len(set(shares.values())) > 1
         assert all(0 < loss < 100 for loss in metrics(run, "train/loss").values())
+
+
+def test_adapters_on_ranks_equal_one_process(train, rows, tmp_path):
+    """Initialised alike, over a base held in bfloat16, and resumed without it on other ranks."""
+    base = options(tmp_path, rows)
+    alone = ["teacher=none", "kd_ratio=0"]
+    model = train(CONFIG, "model", *base, *alone, "train.max_steps=2", "train.micro_batch_size=4")
+    base[base.index("student=digits_small")] = "student=pretrained"
+    base += [
+        *(*alone, f"student.name={model / 'export'}", "student.dtype=bfloat16"),
+        "student.export_dtype=float32",
+        *("student.lora.rank=2", "student.lora.parts=[vision_tower,projector,layers]"),
+    ]
+    one = train(CONFIG, "one", *base, "train.micro_batch_size=4")
+    expected = {key: metrics(one, key) for key in ("train/loss", "train/grad_norm", "val/loss")}
+    assert expected["train/loss"][4] < expected["train/loss"][1]
+
+    def check(name: str) -> None:
+        for key, values in expected.items():
+            got = metrics(tmp_path / "runs" / name, key)
+            assert got == pytest.approx(values, rel=1e-6), (name, key)
+
+    two = ["parallel.nproc=2", "train.micro_batch_size=2"]
+    ranks("sharded", *base, *two)
+    check("sharded")
+    weights = (tmp_path / "runs" / run / "export/model.safetensors" for run in ("one", "sharded"))
+    torch.testing.assert_close(*map(load_file, weights))
+    shutil.rmtree(one / "checkpoints" / "step_000004")
+    ranks("one", *base, *two, "parallel.dp_replicate=2")
+    check("one")
 
 
 ROLLOUTS = ["rollout=student", "kd_ratio=1", "rollout.sampling.max_new_tokens=5"]
