@@ -123,5 +123,6 @@ def set_up_messages() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for noisy in ("httpx", "huggingface_hub", "torch.distributed", "datasets"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
-    # Of a rank that fails, which has said why itself.
-    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
+    # Of a rank that fails, which has said why itself, or of a signal that is passed on.
+    for noisy in ("multiprocessing", "agent.server"):
+        logging.getLogger(f"torch.distributed.elastic.{noisy}.api").setLevel(logging.CRITICAL)

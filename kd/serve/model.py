@@ -59,7 +59,7 @@ class ServedModel:
     def __init__(self, config: ServerConfig, world: World) -> None:
         self.config, self.world = config, world
         teacher = config.model
-        self.processor = teacher.build_processor(list)
+        self.processor = teacher.build_processor(lambda: [])
         self.chat_template_kwargs = teacher.processor.chat_template_kwargs
         renderer = Renderer(self.processor, self.chat_template_kwargs)
         max_length = config.serve.max_length

@@ -49,10 +49,11 @@ async def lead(model: ServedModel, listener: socket.socket) -> None:
 def bind(config: ServeConfig) -> socket.socket:
     """Take the port, so that a taken one shows before the model is loaded; nobody is let in yet."""
     try:
-        family, kind, *_, address = socket.getaddrinfo(
+        family, kind, protocol, _, address = socket.getaddrinfo(
             config.host, config.port, type=socket.SOCK_STREAM
         )[0]
-        listener = socket.socket(family, kind)
+        # With the protocol left out asyncio does not set TCP_NODELAY: 40 ms more per reply.
+        listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
     except OSError as error:
