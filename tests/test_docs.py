@@ -13,8 +13,10 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from kd.config import OPTIONS, VlmKDConfig, register, to_object, validate
+from kd.config import OPTIONS, VlmKDConfig, register, to_object, typed_object, validate
 from kd.run import config_dir
+from kd.serve.config import ServerConfig
+from kd.serve.config import register as register_server
 
 REPO = Path(__file__).parents[1]
 PAGES = {
@@ -34,13 +36,13 @@ def commands(page: str) -> list[list[str]]:
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
-def kd_run_commands() -> list[object]:
-    """Page and arguments of everything that starts `-m kd.run`."""
+def commands_of(module: str) -> list[object]:
+    """Page and arguments of everything that starts `-m module`."""
     return [
-        pytest.param(page, words[words.index("kd.run") + 1 :], id=f"{page}: {shlex.join(words)}")
+        pytest.param(page, words[words.index(module) + 1 :], id=f"{page}: {shlex.join(words)}")
         for page in PAGES
         for words in commands(page)
-        if "kd.run" in words
+        if module in words
     ]
 
 
@@ -72,7 +74,7 @@ def option(arguments: list[str], name: str) -> str | None:
     return match[1] if match else None
 
 
-@pytest.mark.parametrize(("page", "arguments"), kd_run_commands())
+@pytest.mark.parametrize(("page", "arguments"), commands_of("kd.run"))
 def test_commands_compose_and_validate(page, arguments, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_own_configs(page)
@@ -91,8 +93,17 @@ def test_commands_compose_and_validate(page, arguments, tmp_path, monkeypatch):
             validate(to_object(compose(name, overrides=[*search, *run])))
 
 
+@pytest.mark.parametrize(("page", "arguments"), commands_of("kd.serve"))
+def test_commands_of_servers_compose_and_validate(page, arguments, monkeypatch):
+    monkeypatch.setenv("KD_SERVE_TOKEN", "as the page says")
+    register()
+    register_server()
+    with initialize_config_dir(config_dir(), version_base="1.3"):
+        typed_object(compose("serve", overrides=arguments)).validate()
+
+
 def test_pages_have_commands():
-    pages = {parameters.values[0] for parameters in kd_run_commands()}
+    pages = {parameters.values[0] for parameters in commands_of("kd.run")}
     assert {"README.md", "recipe.md", "parallel.md"} <= pages
 
 
@@ -141,7 +152,8 @@ KEYS = config_keys(VlmKDConfig, "").union(
         config_keys(schema, group.replace("/", "."))
         for group, schemas in OPTIONS.items()
         for schema in schemas.values()
-    )
+    ),
+    config_keys(ServerConfig, ""),
 )
 GROUPS = {key.split(".")[0] for key in KEYS if "." in key}
 
