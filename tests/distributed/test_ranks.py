@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import metrics, subprocess_env
+from tests.teacher.serving import Server
 
 CONFIG = "qwen_vl_kd"  # its models, data and precision replaced by tiny ones
 KEYS = ("train/loss", "train/ce", "train/kd", "train/grad_norm", "val/loss", "val/kd")
@@ -195,6 +196,27 @@ def test_adapters_on_ranks_equal_one_process(train, rows, tmp_path):
     shutil.rmtree(one / "checkpoints" / "step_000004")
     ranks("one", *base, *two, "parallel.dp_replicate=2")
     check("one")
+
+
+def test_a_served_teacher_on_ranks_equals_one_process(train, rows, tmp_path):
+    """Each rank asks for its own rows; a server that is gone ends all of them with plain words."""
+    base = options(tmp_path, rows)
+    alone = ["teacher=none", "kd_ratio=0", "student.seed=3", "train.micro_batch_size=4"]
+    model = train(CONFIG, "teacher", *base, *alone) / "export"
+    server = Server(model, tmp_path / "log")
+    try:
+        base += ["teacher=server", f"teacher.name={model}", f"teacher.urls=[{server.url}]"]
+        base += ["teacher.max_length=400", "teacher.wait_s=1"]
+        one = train(CONFIG, "one", *base, "train.micro_batch_size=4")
+        two = [*base, "parallel.nproc=2", "train.micro_batch_size=1"]
+        ranks("two", *two)
+        for key in KEYS:  # served in float32
+            got = metrics(tmp_path / "runs" / "two", key)
+            assert got == pytest.approx(metrics(one, key), rel=1e-5), key
+    finally:
+        server.stop()
+    with pytest.raises(AssertionError, match="error: no server was of use for 1 s"):
+        ranks("gone", *two)
 
 
 ROLLOUTS = ["rollout=student", "kd_ratio=1", "rollout.sampling.max_new_tokens=5"]
