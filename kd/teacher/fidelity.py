@@ -19,7 +19,7 @@ def divergence(
     vocabulary, of top-k on its buckets.
     """
     if isinstance(exact, TopK) and isinstance(decoded, TopK):
-        exact_logp, decoded_logp = (_buckets(top, response_ids_N) for top in (exact, decoded))
+        exact_logp, decoded_logp = (buckets(top, response_ids_N) for top in (exact, decoded))
         return _kl(exact_logp.log_softmax(-1), decoded_logp.log_softmax(-1)).cpu()
     assert isinstance(exact, Hidden) and isinstance(decoded, Hidden) and head is not None
     chunks = (payload.hidden_ND.split(CHUNK_ROWS) for payload in (exact, decoded))
@@ -33,8 +33,10 @@ def _logp(hidden_CD: Tensor, head: Head) -> Tensor:
     return logits_CV.double().log_softmax(-1)
 
 
-def _buckets(top: TopK, response_ids_N: Tensor) -> Tensor:
-    """Log-probs [N, K + 2], the k in the order of their ids."""
+def buckets(top: TopK, response_ids_N: Tensor) -> Tensor:
+    """Log-probs [N, K + 2] of a distribution: the k in the order of their ids, the response's own
+    token unless it is among them, and the tail; float64, on the CPU.
+    """
     ids_NK, order_NK = top.ids_NK.cpu().sort(-1)
     logp_NK = top.logp_NK.cpu().double().gather(1, order_NK)
     is_among_N1 = ((ids_NK == response_ids_N[:, None]) & (logp_NK > ABSENT / 2)).any(1, True)
