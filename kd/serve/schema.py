@@ -43,7 +43,7 @@ class TopKBody(Body):
     kind: Literal["topk"]
     rows: list[RowBody] = Field(min_length=1)
     k: int = Field(ge=1)
-    temperature: float = Field(gt=0, le=1000, allow_inf_nan=False)
+    temperature: float = Field(ge=1e-3, le=1e3, allow_inf_nan=False)
     vocab: int = Field(ge=2)
 
 

@@ -114,6 +114,7 @@ CASES: dict[str, tuple[Any, int, str]] = {
     "vocab of 1": (topk(vocab=1), 422, "vocab: "),
     "temperature of 0": (topk(temperature=0), 422, "temperature: "),
     "temperature below 0": (topk(temperature=-1), 422, "temperature: "),
+    "hardly a temperature": (topk(temperature=1e-30), 422, "temperature: "),
     "no temperature": (topk(temperature=None), 422, "temperature: "),
     "infinite": (topk(temperature=float("inf")), 422, "temperature: "),
     "not a number": (topk(temperature=float("nan")), 422, "temperature: "),
