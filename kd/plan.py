@@ -17,8 +17,9 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
+from kd.activations import kept_bytes
 from kd.config import VlmKDConfig
 from kd.model import FrozenVLM, Student
 from kd.objective_loop import default_budget_mib
@@ -81,6 +82,13 @@ def make_plan(config: VlmKDConfig) -> Plan:
     """Build, freeze and shard both models without weights, and count."""
     with _pretend_ranks(config) as world:
         model = config.student.meta_model()
+        compute_bytes = DTYPES[config.parallel.compute_dtype].itemsize
+        activations = kept_bytes(
+            model,
+            config.train.micro_batch_size * config.data.max_length,
+            compute_bytes,
+            checkpointing=config.parallel.activation_checkpointing,
+        )
         student = Student(model, config.loss.build(config.kd_ratio))
         student.freeze(config.student.freeze)
         student.adapt(config.student.lora, config.run.seed)
@@ -88,7 +96,6 @@ def make_plan(config: VlmKDConfig) -> Plan:
         student.distribute(world, config.parallel)
         # Also checks the optimizer's choices.
         config.optim.build(student, config.train.max_steps)
-        compute_bytes = DTYPES[config.parallel.compute_dtype].itemsize
         reduce_bytes = DTYPES[config.parallel.reduce_dtype].itemsize
         local_trained = sum(_local(p).numel() for p in student.parameters() if p.requires_grad)
         unsharded_gradients = (
@@ -106,7 +113,7 @@ def make_plan(config: VlmKDConfig) -> Plan:
             optimizer=8 * local_trained,
             teacher_weights=0,
             gathered=compute_bytes * (whole.root + 2 * whole.largest_block),
-            activations=_activations(config, model.config, compute_bytes),
+            activations=activations,
             loss_buffers=_loss_buffers(config, model),
             rows_per_step=config.train.global_batch_size or 0,
             tokens_per_step=(config.train.global_batch_size or 0) * config.data.max_length,
@@ -158,23 +165,6 @@ def _local(parameter: Tensor) -> Tensor:
 
 def _local_bytes(module: nn.Module) -> int:
     return sum(_local(p).nbytes for p in module.parameters())
-
-
-def _activations(config: VlmKDConfig, model: PreTrainedConfig, itemsize: int) -> int:
-    """What the language model keeps for the backward at the longest row allowed.
-
-    Per token and block: two norms, q k v o, gate, up, their product, and two residuals; with
-    checkpointing one residual per block, and one block in full while it is recomputed.
-    """
-    text = model.get_text_config()
-    tokens = config.train.micro_batch_size * config.data.max_length
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    attention = head_dim * (2 * text.num_attention_heads + 2 * text.num_key_value_heads)
-    block = 4 * text.hidden_size + attention + 3 * text.intermediate_size
-    layers = text.num_hidden_layers
-    if config.parallel.activation_checkpointing:
-        return tokens * itemsize * (layers * text.hidden_size + block)
-    return tokens * itemsize * layers * block
 
 
 def _loss_buffers(config: VlmKDConfig, model: PreTrainedModel) -> int:
