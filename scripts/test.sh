@@ -9,4 +9,4 @@ bin=$(dirname "$python")
 "$bin/ruff" format --check .
 "$bin/lint-imports" --no-cache
 "$bin/basedpyright"
-"$python" -m pytest "$@"
+"$python" -m pytest -n 2 "$@" # two workers: most tests keep one core busy
