@@ -82,7 +82,8 @@ class PretrainedModel(ModelConfig):
         """The processor that belongs to the model, or the one named by `processor.name`."""
         name = self.processor.name or self.name
         revision = self.processor.revision if self.processor.name else self.revision
-        with _plain_errors(name, revision):
+        holds = "model" if self.processor.name is None else "processor with an image part"
+        with _plain_errors(name, revision, holds):
             if self.processor.name is None:
                 self._config()
             processor = AutoProcessor.from_pretrained(
@@ -272,7 +273,7 @@ def _first_line(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _plain_errors(name: str, revision: str | None) -> Iterator[None]:
+def _plain_errors(name: str, revision: str | None, holds: str = "model") -> Iterator[None]:
     at = f" at revision {revision}" if revision else ""
     try:
         yield
@@ -280,7 +281,7 @@ def _plain_errors(name: str, revision: str | None) -> Iterator[None]:
         raise
     except (OSError, ValueError) as error:
         if Path(name).is_dir():
-            hint = "the folder holds no model that transformers can read"
+            hint = f"the folder holds no {holds} that transformers can read"
         elif name.startswith((".", "/", "~")) or name.count("/") > 1:
             hint = "there is no such folder"
         else:
