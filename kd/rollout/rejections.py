@@ -9,6 +9,8 @@ from kd.types import Rejected, UserError
 logger = logging.getLogger(__name__)
 
 NAMED_ROWS = 5
+UNUSABLE_IN_A_ROW = 1000
+"""Of one rank, after which it gives up; fewer where an epoch has fewer."""
 
 
 class Rejections:
@@ -36,15 +38,16 @@ class Rejections:
                     logger.warning("More rows may be dropped; they are counted, not named.")
 
     def note_read(self, num_usable: int, rejected: list[Rejected], num_rows: int) -> None:
-        """Also UserError where a whole epoch of `num_rows` in succession could not be used."""
+        """Also UserError where an epoch of `num_rows`, or so many rows, could not be used."""
         self.note(rejected)
         self._in_a_row = 0 if num_usable else self._in_a_row + len(rejected)
-        if self._in_a_row >= num_rows:
+        if self._in_a_row >= min(num_rows, UNUSABLE_IN_A_ROW):
+            epoch = ", a whole epoch," if self._in_a_row >= num_rows else ""
             raise UserError(
-                f"None of {self._in_a_row} rows in succession, a whole epoch, could be "
-                f"used. The first ones: {self.reasons()}."
+                f"None of {self._in_a_row} rows in succession{epoch} could be used. "
+                f"The first ones: {self.reasons()}."
             )
 
     def reasons(self) -> str:
-        """The first rows rejected, each with its reason."""
-        return "; ".join(f"{row.id}: {row.reason}" for row in self.first)
+        """The first two rows rejected, each with its reason."""
+        return "; ".join(f"{row.id}: {row.reason}" for row in self.first[:2])

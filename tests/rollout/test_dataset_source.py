@@ -100,7 +100,16 @@ def test_too_long_row_does_not_stop(collator):
 def test_epoch_without_a_usable_row_stops_with_reasons(collator):
     src = source(Rows([LONG, BROKEN, LONG, LONG]), collator, "drop")
     src.take(1)
-    with pytest.raises(UserError, match=r"row 0: .*max_length 256; row 1: image a\.png"):
+    with pytest.raises(UserError, match=r"row 0: .*max_length 256 .*; row 1: image a\.png"):
+        src.take(1)
+
+
+def test_a_thousand_rows_without_a_usable_one_are_enough(collator):
+    """Of many more: each batch of them would be a step that trains on nothing."""
+    rows = Rows([GOOD] * 4 + [BROKEN] * 2000)
+    src = source(rows, collator, "drop", split=Split(4))
+    src.take(250)
+    with pytest.raises(UserError, match=r"^None of 1000 rows in succession could be used\. The f"):
         src.take(1)
 
 
