@@ -261,7 +261,9 @@ def _sum_of_bits(weights: list[DTensor]) -> int:
     """The same however they are sharded: over the shards of one copy of the model, not of all."""
     if not weights:
         return 0
-    sums = [weight.to_local().view(torch.int16).sum(dtype=torch.int64) for weight in weights]
+    # Piece by piece: a sum of int16 in int64 begins by copying all of it as int64.
+    pieces = (p for w in weights for p in w.to_local().view(torch.int16).flatten().split(2**20))
+    sums = [piece.sum(dtype=torch.int64) for piece in pieces]
     placements = [Partial() if isinstance(p, Shard) else p for p in weights[0].placements]
     total = DTensor.from_local(torch.stack(sums).sum(), weights[0].device_mesh, placements)
     return int(total.full_tensor())
