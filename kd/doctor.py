@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from kd.data import Collator, Renderer, Rows
@@ -193,7 +194,8 @@ def report(checks: list[Check], world: World) -> None:
             table.add_row(
                 f"[{colour.get(check.result, 'dim')}]{check.result.value}",
                 check.name,
-                check.finding + (f"\n{check.fix}" if check.result is Result.warning else ""),
+                # Not markup: a token of the model may look like it.
+                Text(check.finding + (f"\n{check.fix}" if check.result is Result.warning else "")),
             )
         console = Console(stderr=True, width=None if Console(stderr=True).is_terminal else 120)
         console.print(table)
