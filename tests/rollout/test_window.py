@@ -117,7 +117,8 @@ def source(
         return BatchStream(Rows(bad), collate, Split(size, rank, ranks), seed=3)
 
     sizes = partition.micro_batch_size, partition.grad_accum
-    parts = Parts(stream, Collate(), None, None, *sizes, 3, "drop", world)  # type: ignore[arg-type]
+    nobody = None, None, None  # no student's policy, no teacher's, nobody who is told ahead
+    parts = Parts(stream, Collate(), *nobody, *sizes, 3, "drop", world)  # type: ignore[arg-type]
     n = partition.num_generations
     generators = {
         "student": Generator(Spelling(), n, Sampling(), True),
