@@ -218,6 +218,8 @@ def test_what_differs_is_named(tmp_path):
         UserError, match=r"codec\.k: 4 there, 5 asked for; teacher\.weights: a there"
     ):
         MANIFEST.refuse_other(tmp_path, {"k": 5}, {"weights": "b"})
+    with pytest.raises(UserError, match=r"codec\.name: topk there, hidden asked for"):
+        MANIFEST.refuse_other(tmp_path, {"name": "hidden"}, {})
     with pytest.raises(UserError, match=r"teacher\.dtype: absent there"):
         MANIFEST.refuse_other(tmp_path, {}, {"dtype": "float32"})
 
