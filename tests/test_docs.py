@@ -74,7 +74,7 @@ def option(arguments: list[str], name: str) -> str | None:
     return match[1] if match else None
 
 
-@pytest.mark.parametrize(("page", "arguments"), commands_of("kd.run"))
+@pytest.mark.parametrize(("page", "arguments"), commands_of("kd.run") + commands_of("kd.cache"))
 def test_commands_compose_and_validate(page, arguments, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_own_configs(page)
