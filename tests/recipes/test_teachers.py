@@ -38,6 +38,17 @@ def test_offloaded_between_its_uses(train, teacher):
         assert metrics(away, key) == metrics(beside, key), key
 
 
+def test_a_cache_is_filled_by_one_that_is_offloaded(train, teacher, tmp_path):
+    options = ["train.max_steps=3", "train.global_batch_size=12", "doctor=never"]
+    local = [f"teacher.name={teacher}", "teacher.dtype=float32"]
+    beside = train("digits_kd", "beside", *options, *local)
+    cached = ["teacher=cached", "teacher.dtype=float32", f"teacher.folder={tmp_path / 'cache'}"]
+    cached += [x.replace("teacher.", "teacher.source.", 1) for x in local]
+    filled = train("digits_kd", "filled", *options, *cached, "teacher.source.offload=true")
+    for key in LOSSES[:4]:
+        assert metrics(filled, key) == pytest.approx(metrics(beside, key), rel=1e-5), key
+
+
 @pytest.fixture(scope="module")
 def served(teacher_folder, tmp_path_factory):
     """Started when the first test has made the teacher."""
@@ -92,6 +103,34 @@ def test_a_served_top_k_of_all_but_one_token_trains_as_the_local_teacher_does(
     few = train("digits_kd", "few", *options, *from_server, *top_k[:1], "teacher.engine.k=4")
     kd, dense = metrics(few, "train/kd"), metrics(local, "train/kd")
     assert 0 < kd[1] < dense[1]
+
+
+@pytest.mark.parametrize("codec", ["hidden", "topk"])
+def test_a_cache_is_filled_by_a_server_and_read_without(
+    train, teacher, from_server, tmp_path, codec
+):
+    options = [*SHORT, "loss=reverse_kl", "loss.temperature=2", "doctor=never"]
+    chosen = {
+        "hidden": ["teacher.dtype=float32"],
+        "topk": [
+            "teacher.k=12",
+            "teacher.source.engine.targets=topk",
+            "teacher.source.engine.k=12",
+        ],
+    }[codec]
+    source = [x.replace("teacher.", "teacher.source.", 1) for x in from_server[1:]]
+    cached = ["teacher=cached", "teacher@teacher.source=server", f"teacher.codec={codec}"]
+    cached += [f"teacher.folder={tmp_path / 'cache'}", *chosen, *source]
+    filled = train("digits_kd", "filled", *options, *cached)
+    plain = [x.replace("source.", "", 1) for x in chosen if "source." in x]
+    straight = train("digits_kd", "straight", *options, *from_server, *plain)
+    away = ["teacher.source.urls=[http://127.0.0.1:9]", "teacher.require_full=true"]
+    read = train("digits_kd", "read", *options, *cached, *away)
+    for key in LOSSES:
+        assert metrics(read, key) == metrics(filled, key), key
+        tolerance = {"hidden": 1e-5, "topk": 1e-2}[codec]
+        assert metrics(filled, key) == pytest.approx(metrics(straight, key), rel=tolerance), key
+    assert set(metrics(read, "cache/hit_rate").values()) == {1}
 
 
 def test_two_tokenizers_and_the_student_s_own_responses(train, from_server, teacher):
