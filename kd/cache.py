@@ -11,6 +11,7 @@ damaged.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import sys
@@ -58,6 +59,7 @@ log = logging.getLogger("kd")
 VERIFY = "--verify"
 COMPARED_ROWS = 64
 """Spread over the data, at least so many."""
+BATCHES_AT_ONCE = 8
 TOLD_EVERY_S = 10.0
 
 
@@ -108,11 +110,12 @@ class Filler(VlmKD):
 
     def fill(self) -> None:
         """Have every row in the cache."""
-        progress = Progress(self.num_rows)
-        for batch in self.batches():
-            self.teacher.fill([batch])
+        progress, batches = Progress(self.num_rows), self.batches()
+        # Several at once: one swap of an offloaded teacher, and many requests to a server.
+        while group := list(itertools.islice(batches, BATCHES_AT_ONCE)):
+            self.teacher.fill(group)
             if self.world.is_main:
-                progress.tell(self.split.stride)
+                progress.tell(len(group) * self.split.stride)
         found = self.teacher.metrics()
         if self.world.is_main:
             log.info(

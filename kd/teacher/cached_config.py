@@ -13,7 +13,7 @@ from transformers import ProcessorMixin
 
 from kd.model import ProcessorConfig, rendering_digest, tokenizer_digest
 from kd.parallel import ParallelConfig, World
-from kd.teacher.base import BaseTeacher, TeacherConfig
+from kd.teacher.base import BaseTeacher, NoTeacherConfig, TeacherConfig
 from kd.teacher.cached import CachedTeacher, Wanted, on_main
 from kd.teacher.codec import DTYPES
 from kd.types import UserError
@@ -43,7 +43,8 @@ class CachedTeacherConfig(TeacherConfig):
     def validate(self, key: str) -> None:
         """Refuse values out of range."""
         super().validate(key)
-        if type(self.source) is TeacherConfig or isinstance(self.source, CachedTeacherConfig):
+        none = type(self.source) is TeacherConfig or isinstance(self.source, NoTeacherConfig)
+        if none or isinstance(self.source, CachedTeacherConfig):
             raise UserError(f"{key}.source: choose one, e.g. teacher@{key}.source=local")
         self.source.validate(f"{key}.source")
         if self.source.alignment != "auto":

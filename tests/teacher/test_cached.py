@@ -294,7 +294,12 @@ def test_a_damaged_row_ends_the_run_by_its_file(cached, tmp_path, capsys):
     assert same(cached("refused"), filling)
 
 
-def test_what_cannot_be(cached, capsys):
+def test_what_cannot_be(cached, train, capsys):
+    for other in ("none", "cached"):
+        with pytest.raises(SystemExit) as exit_:
+            train("digits_kd", "refused", "teacher=cached", f"teacher@teacher.source={other}")
+        assert exit_.value.code == 2
+        assert "teacher.source: choose one" in capsys.readouterr().err
     error = refusal(cached, capsys, "rollout=student", "kd_ratio=1")
     assert "needs responses that come again" in error
     assert "teacher.dtype=int8" in refusal(cached, capsys, "teacher.dtype=int8")
