@@ -295,9 +295,10 @@ def test_a_damaged_row_ends_the_run_by_its_file(cached, tmp_path, capsys):
 
 
 def test_what_cannot_be(cached, train, capsys):
-    for other in ("none", "cached"):
+    for source in (["=none"], ["=cached", "teacher.source.source.name=x"]):
+        options = ["teacher=cached", f"teacher@teacher.source{source[0]}", *source[1:]]
         with pytest.raises(SystemExit) as exit_:
-            train("digits_kd", "refused", "teacher=cached", f"teacher@teacher.source={other}")
+            train("digits_kd", "refused", *options)
         assert exit_.value.code == 2
         assert "teacher.source: choose one" in capsys.readouterr().err
     error = refusal(cached, capsys, "rollout=student", "kd_ratio=1")
