@@ -24,8 +24,9 @@ class ServeConfig:
     """0: a free one."""
     token: str | None = None
     """What clients must send as a bearer token; None: they need not."""
-    max_length: int = 4096
-    """Tokens of prompt + response."""
+    max_length: int | None = None
+    """Tokens of prompt + response; None: what the teacher has positions for, but no more than the
+    two limits on tokens below have room for."""
     max_batch_tokens: int = 16384
     """Tokens that one rank reads in one forward, padding included."""
     window_ms: float = 5.0
@@ -57,7 +58,7 @@ class ServeConfig:
         if not 0 <= self.window_ms <= 1000:
             raise UserError(f"serve.window_ms={self.window_ms}: must be between 0 and 1000")
         for name in ("max_batch_tokens", "max_waiting_tokens"):
-            if getattr(self, name) < self.max_length:
+            if self.max_length is not None and getattr(self, name) < self.max_length:
                 raise UserError(
                     f"serve.{name}={getattr(self, name)} has no room for one row of "
                     f"serve.max_length={self.max_length} tokens: raise it, or lower that"
@@ -71,6 +72,21 @@ class ServeConfig:
                 f"serve.host={self.host} can be reached from other machines: give serve.token, or "
                 "set KD_SERVE_TOKEN"
             )
+
+    def length_for(self, positions: int | None) -> int:
+        """The most tokens of prompt + response for a teacher with so many positions (None: any).
+
+        Raises UserError where `max_length` is more than that.
+        """
+        if self.max_length is None:
+            room = min(self.max_batch_tokens, self.max_waiting_tokens)
+            return room if positions is None else min(room, positions)
+        if positions is not None and self.max_length > positions:
+            raise UserError(
+                f"serve.max_length={self.max_length}, but the teacher has room for {positions} "
+                f"tokens: set serve.max_length={positions} or less, or leave it out"
+            )
+        return self.max_length
 
 
 def _fits_a_header(token: str) -> bool:

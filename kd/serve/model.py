@@ -18,7 +18,7 @@ from kd.serve.config import ServerConfig
 from kd.teacher.payload import Hidden, Payload, split, tensors, top_k
 from kd.teacher.weights import weights_digest
 from kd.teacher.wire import Info, pack_head
-from kd.types import DenseTargets, Rollout, UserError
+from kd.types import DenseTargets, Rollout
 
 
 @dataclass(frozen=True)
@@ -62,19 +62,19 @@ class ServedModel:
         self.processor = teacher.build_processor(lambda: [])
         self.chat_template_kwargs = teacher.processor.chat_template_kwargs
         renderer = Renderer(self.processor, self.chat_template_kwargs)
-        max_length = config.serve.max_length
-        self.collate = Collator(renderer, None, max_length, lockstep=world.size > 1)
         loaded = teacher.build_teacher(self.processor, world, config.parallel, student_vocab=0)
         assert loaded.vlm is not None  # it is not offloaded
         self.vlm = loaded.vlm
-        _check_positions(self.vlm.model.config.get_text_config().to_dict(), max_length)
+        text = self.vlm.model.config.get_text_config().to_dict()
+        max_length = config.serve.length_for(text.get("max_position_embeddings"))
+        self.collate = Collator(renderer, None, max_length, lockstep=world.size > 1)
         dense = self._dense([])  # also what is slow the first time
         self.head = pack_head(dense.weight_VD, dense.bias_V) if world.is_main else b""
-        self.info = self._info(renderer, dense)
+        self.info = self._info(renderer, dense, max_length)
         self.media_ids = frozenset(self.vlm.forbidden_ids(self.info.vocab_size))
         """Stand for what only a prompt has: an image's features, or their frame."""
 
-    def _info(self, renderer: Renderer, dense: DenseTargets) -> Info:
+    def _info(self, renderer: Renderer, dense: DenseTargets, max_length: int) -> Info:
         teacher, serve = self.config.model, self.config.serve
         vocab_size, hidden_size = dense.weight_VD.shape
         return Info(
@@ -84,7 +84,7 @@ class ServedModel:
             dtype=str(dense.hidden_ND.dtype).removeprefix("torch."),
             vocab_size=vocab_size,
             hidden_size=hidden_size,
-            max_length=serve.max_length,
+            max_length=max_length,
             max_top_k=min(serve.max_top_k, vocab_size - 1),
             max_rows=serve.max_rows,
             stop_ids=self.vlm.stop_ids(renderer.eos_token_id),
@@ -157,12 +157,3 @@ def _shares(rows: list[Row], size: int) -> list[list[int]]:
     order = sorted(range(len(rows)), key=lambda i: -rows[i].tokens)
     per_rank = -(-len(rows) // size)
     return [order[i * per_rank : (i + 1) * per_rank] for i in range(size)]
-
-
-def _check_positions(text: dict, max_length: int) -> None:
-    positions = text.get("max_position_embeddings")
-    if positions is not None and max_length > positions:
-        raise UserError(
-            f"serve.max_length={max_length}, but the teacher has room for {positions} tokens: set "
-            f"serve.max_length={positions} or less"
-        )

@@ -73,11 +73,11 @@ class Reader:
             raise RowError("it ends in an assistant turn; the response belongs in response_ids")
         prompt, sample = self._render(parsed, pixels.images(parsed.images))
         prompt_ids = prompt.ids_S.tolist()
-        if len(prompt_ids) + len(ids) > self.limits.max_length:
+        if len(prompt_ids) + len(ids) > self.model.info.max_length:
             raise Refused(
                 413,
                 f"{len(prompt_ids)} + {len(ids)} tokens of prompt and response, at most "
-                f"{self.limits.max_length} (serve.max_length)",
+                f"{self.model.info.max_length} (serve.max_length)",
             )
         return Row(Rollout(sample, ids, True, 0), prompt_ids, top)
 

@@ -257,6 +257,28 @@ def test_a_signal_lets_requests_under_way_be_answered(folder, world):
         assert len(unpack_reply(under_way.result().content)[0]) == len(rows)
 
 
+@pytest.mark.parametrize(("limits", "room"), [({}, 512), ({"max_batch_tokens": 300}, 300)])
+def test_without_a_length_the_model_and_the_budget_say_it(folder, world, limits, room):
+    row = rollouts(1)[0]
+    with serving(folder("qwen3_5_hybrid"), world, max_length=None, **limits) as server:
+        assert server.get("/v1/info").json()["max_length"] == room
+        prompt = Renderer(server.model.processor).prompt(row.sample)
+        row.response_ids = [40] * (room - len(prompt.ids_S))
+        assert len(server.payloads([row])[0]) == len(row.response_ids)
+        row.response_ids.append(40)
+        reply = server.post(request([row]))
+        assert reply.status_code == 413
+        assert f"at most {room} (serve.max_length)" in reply.json()["error"]["message"]
+
+
+def test_more_than_the_model_has_room_for_is_refused(folder, world):
+    with (
+        pytest.raises(UserError, match=r"max_length=513, but the teacher has room for 512 tokens"),
+        serving(folder("qwen3_5_hybrid"), world, max_length=513),
+    ):
+        pass
+
+
 def test_a_port_that_is_taken_is_named(pair):
     server, _ = pair
     port = int(server.url.rpartition(":")[2])

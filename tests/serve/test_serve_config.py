@@ -57,8 +57,11 @@ MISTAKES = {
     "teacher.name=f serve.max_rows=0": "serve.max_rows=0: must be at least 1",
     "teacher.name=f serve.render_threads=0": "serve.render_threads=0",
     "teacher.name=f serve.window_ms=-1": "serve.window_ms=-1",
-    "teacher.name=f serve.max_batch_tokens=9": "serve.max_batch_tokens=9 has no room",
-    "teacher.name=f serve.max_waiting_tokens=9": "serve.max_waiting_tokens=9 has no room",
+    "teacher.name=f serve.max_length=0": "serve.max_length=0: must be at least 1",
+    "teacher.name=f serve.max_length=16385": "serve.max_batch_tokens=16384 has no room",
+    "teacher.name=f serve.max_length=10 serve.max_waiting_tokens=9": (
+        "serve.max_waiting_tokens=9 has no room"
+    ),
     "teacher.name=f teacher.offload=true": "teacher.offload",
     "teacher.name=f teacher.dtype=int8": "teacher.dtype=int8",
     "teacher.name=f parallel.nproc=0": "parallel.nproc=0",
@@ -71,6 +74,17 @@ def test_mistakes(overrides, said):
     with pytest.raises(UserError) as mistake:
         composed(overrides)
     assert said in str(mistake.value)
+
+
+def test_the_most_tokens_of_a_row():
+    serve = composed("teacher.name=f").serve
+    assert [serve.length_for(n) for n in (512, 10**6, None)] == [512, 16384, 16384]
+    serve = composed("teacher.name=f serve.max_waiting_tokens=99").serve
+    assert serve.length_for(512) == 99
+    serve = composed("teacher.name=f serve.max_length=600").serve
+    assert serve.length_for(None) == serve.length_for(600) == 600
+    with pytest.raises(UserError, match=r"room for 599 tokens: set serve\.max_length=599"):
+        serve.length_for(599)
 
 
 def test_a_package_that_is_missing_is_named(monkeypatch):
