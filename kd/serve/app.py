@@ -24,7 +24,6 @@ from kd.serve.schema import Refused
 from kd.teacher.wire import pack_reply
 
 BINARY = "application/octet-stream"
-BODY_TIMEOUT_S = 120.0
 T = TypeVar("T")
 
 
@@ -63,9 +62,9 @@ class Service:
         return await self._in_thread(lambda: self.reader(body))
 
     async def _body(self, request: Request) -> bytearray:
-        body = bytearray()
+        body, timeout_s = bytearray(), self.limits.body_timeout_s
         try:
-            async with asyncio.timeout(BODY_TIMEOUT_S):
+            async with asyncio.timeout(timeout_s):
                 async for piece in request.stream():
                     body += piece
                     if len(body) > self.limits.max_request_mib * MIB:
@@ -77,7 +76,7 @@ class Service:
         except ClientDisconnect:
             raise Gone from None
         except TimeoutError:
-            raise Refused(408, f"no whole body within {BODY_TIMEOUT_S:g} s") from None
+            raise Refused(408, f"no whole body within {timeout_s:g} s (serve.body_timeout_s)") from None
         return body
 
     async def _in_thread(self, work: Callable[[], T]) -> T:

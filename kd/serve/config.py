@@ -36,6 +36,8 @@ class ServeConfig:
     max_requests: int = 64
     """Requests under way; the same beyond them."""
     max_request_mib: int = 64
+    body_timeout_s: float = 120.0
+    """For the whole body of a request to come in."""
     max_rows: int = 64
     """Of a request, as what follows, unless it says otherwise."""
     max_images: int = 64
@@ -57,6 +59,8 @@ class ServeConfig:
             raise UserError(f"serve.port={self.port}: must be 0 (a free one) to 65535")
         if not 0 <= self.window_ms <= 1000:
             raise UserError(f"serve.window_ms={self.window_ms}: must be between 0 and 1000")
+        if not self.body_timeout_s > 0:
+            raise UserError(f"serve.body_timeout_s={self.body_timeout_s}: must be above 0")
         for name in ("max_batch_tokens", "max_waiting_tokens"):
             if self.max_length is not None and getattr(self, name) < self.max_length:
                 raise UserError(

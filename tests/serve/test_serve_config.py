@@ -56,6 +56,7 @@ MISTAKES = {
     "teacher.name=f serve.port=65536": "serve.port=65536",
     "teacher.name=f serve.max_rows=0": "serve.max_rows=0: must be at least 1",
     "teacher.name=f serve.render_threads=0": "serve.render_threads=0",
+    "teacher.name=f serve.body_timeout_s=0": "serve.body_timeout_s=0",
     "teacher.name=f serve.window_ms=-1": "serve.window_ms=-1",
     "teacher.name=f serve.max_length=0": "serve.max_length=0: must be at least 1",
     "teacher.name=f serve.max_length=16385": "serve.max_batch_tokens=16384 has no room",

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import base64
+import http.client
 import io
 import json
 import struct
+import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +220,42 @@ def test_a_body_that_is_too_large(server):
         reply = server.post(content=content)
         assert reply.status_code == 413
         assert "serve.max_request_mib" in reply.json()["error"]["message"]
+
+
+def sent(server: Running, pieces: Iterable[bytes], length: int) -> http.client.HTTPResponse:
+    """The answer to a body of so many bytes, of which these come, when they come."""
+    host, _, port = server.url.removeprefix("http://").rpartition(":")
+    connection = http.client.HTTPConnection(host, int(port), timeout=30)
+    connection.putrequest("POST", "/v1/targets")
+    connection.putheader("Content-Length", str(length))
+    connection.endheaders()
+    for piece in pieces:
+        connection.send(piece)
+    return connection.getresponse()
+
+
+def test_a_body_that_does_not_come(folder, world):
+    """It has its time as a whole: some bytes now and then do not stretch it."""
+
+    def slowly(pieces: int, pause_s: float) -> Iterator[bytes]:
+        size = -(-len(body) // pieces)
+        for i in range(pieces):
+            yield body[i * size : (i + 1) * size]
+            time.sleep(pause_s)
+
+    body = json.dumps(hidden(row())).encode()
+    limits = {"body_timeout_s": 1.0, "max_requests": 1}
+    with serving(folder("qwen3_5_hybrid"), world, **limits) as server:
+        for pieces in ([], [body[:-1]], slowly(4, 0.5)):
+            start = time.monotonic()
+            reply = sent(server, pieces, len(body))
+            assert reply.status == 408
+            message = json.loads(reply.read())["error"]["message"]
+            assert message == "no whole body within 1 s (serve.body_timeout_s)"
+            assert 0.9 < time.monotonic() - start < 10
+            assert server.post(hidden(row())).status_code == 200, "its place is free again"
+        assert sent(server, slowly(3, 0.1), len(body)).status == 200
+        assert server.metric("kd_serve_requests_total", '{status="408"}') == 3
 
 
 def test_unknown_routes_and_methods(server):
