@@ -76,7 +76,8 @@ class Service:
         except ClientDisconnect:
             raise Gone from None
         except TimeoutError:
-            raise Refused(408, f"no whole body within {timeout_s:g} s (serve.body_timeout_s)") from None
+            problem = f"no whole body within {timeout_s:g} s (serve.body_timeout_s)"
+            raise Refused(408, problem) from None
         return body
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
