@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from kd.data.base import SPLITS, DataConfig, validation_choice
 from kd.data.images import ImageLoader
-from kd.data.messages import Parsed, parse_conversation
+from kd.data.messages import Parsed, images_first, parse_conversation
 from kd.data.rows import TableRows, column
 from kd.data.tables import ArrowTable, Table, open_table
 from kd.types import UserError
@@ -40,6 +40,8 @@ class ConversationsConfig(DataConfig):
     """Validation accuracy is also given per value of it."""
     require_answer: bool = True
     """False: a row may end without an answer; rollouts can use it as a prompt."""
+    images_first: bool = False
+    """True: all images of a row move to the front of its first user turn."""
     image_root: str | None = None
     """What image paths are relative to; None: the folder of the data file."""
     allow_http: bool = False
@@ -75,7 +77,10 @@ class ConversationsConfig(DataConfig):
         """The conversation in a row; RowError with what is wrong."""
         messages = column(row, self.messages_column)
         images = row.get(self.images_column)
-        return parse_conversation(messages, images, require_answer=self.require_answer)
+        parsed = parse_conversation(messages, images, require_answer=self.require_answer)
+        if not self.images_first:
+            return parsed
+        return replace(parsed, messages=images_first(parsed.messages))
 
     @property
     def has_own_validation(self) -> bool:

@@ -41,6 +41,33 @@ def parse_conversation(messages: Any, images: Any, *, require_answer: bool) -> P
     return Parsed(context, _assign(own, _listed(images)), answer)
 
 
+def images_first(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`messages` with all image parts moved to the front of the first user turn, in their order.
+
+    Raises RowError where there are images but no user turn.
+    """
+    contents = [turn["content"] for turn in messages]
+    count = sum(part["type"] == "image" for content in contents for part in _parts(content))
+    if count == 0:
+        return messages
+    first = next((i for i, turn in enumerate(messages) if turn["role"] == "user"), None)
+    if first is None:
+        raise RowError("there are images, but no user turn that they could come first in")
+    moved = [{**turn, "content": _without_images(turn["content"])} for turn in messages]
+    moved[first]["content"] = [{"type": "image"}] * count + _parts(moved[first]["content"])
+    return moved
+
+
+def _parts(content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def _without_images(content: str | list[dict[str, Any]]) -> str | list[dict[str, Any]]:
+    if isinstance(content, str):
+        return content
+    return [part for part in content if part["type"] != "image"]
+
+
 def _turns(messages: Any) -> list[dict[str, Any]]:
     if isinstance(messages, str):
         try:
@@ -57,7 +84,7 @@ def _turns(messages: Any) -> list[dict[str, Any]]:
 
 def _answer(turn: dict[str, Any]) -> str:
     content = turn.get("content")
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content or []
+    parts = _parts(content or [])
     if any(part.get("type") != "text" for part in parts):
         raise RowError("the answer has parts that are not text")
     answer = "".join(part.get("text") or "" for part in parts)

@@ -111,6 +111,63 @@ def test_own_references_and_column_mix(tmp_path, png):
     assert colors(sample) == ["red", "blue"]
 
 
+def test_images_first(tmp_path, png):
+    png("a.png", "red"), png("b.png", "green"), png("c.png", "blue")
+    bare = {"type": "image"}
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        turn(bare),
+        {"role": "assistant", "content": "One."},
+        turn({"type": "image", "path": "c.png"}, bare),
+        {"role": "assistant", "content": "Two."},
+        {"role": "user", "content": "Sure?"},
+        ANSWER,
+    ]
+    row = {"messages": messages, "images": ["a.png", "b.png"]}
+    sample, as_given = load(tmp_path, row, images_first=True), load(tmp_path, row)
+    assert colors(sample) == colors(as_given) == ["red", "blue", "green"]
+    assert image_parts(as_given) == [1, 2]
+    messages[1], messages[3] = turn(bare, bare, bare), turn()
+    assert sample.messages == messages[:-1]
+
+
+def test_images_first_in_a_turn_of_text(tmp_path, png):
+    png("a.png", "red"), png("b.png", "green")
+    bare = {"type": "image"}
+    messages = [
+        {"role": "user", "content": "Look."},
+        {"role": "assistant", "content": "Yes?"},
+        {"role": "user", "content": [ASK, bare, {"type": "text", "text": "Or this?"}, bare]},
+        ANSWER,
+    ]
+    row = {"messages": messages, "images": ["a.png", "b.png"]}
+    sample = load(tmp_path, row, images_first=True)
+    assert colors(sample) == ["red", "green"]
+    assert sample.messages == [
+        {"role": "user", "content": [bare, bare, {"type": "text", "text": "Look."}]},
+        messages[1],
+        {"role": "user", "content": [ASK, {"type": "text", "text": "Or this?"}]},
+    ]
+
+
+def test_images_first_leaves_rows_that_have_none_to_move(tmp_path, png):
+    png("a.png", "red")
+    text = {"messages": [{"role": "user", "content": "Odd or even?"}, ANSWER]}
+    first = {"messages": [turn({"type": "image"}), ANSWER], "images": ["a.png"]}
+    for row in (text, first):
+        sample = load(tmp_path, row, images_first=True, system_prompt="Be brief.")
+        assert sample.messages[1:] == row["messages"][:1]
+
+
+def test_images_first_needs_a_user_turn(tmp_path, png):
+    png("a.png")
+    row = {
+        "messages": [{"role": "system", "content": [{"type": "image"}]}, ANSWER],
+        "images": ["a.png"],
+    }
+    assert "no user turn" in reason(load(tmp_path, row, images_first=True))
+
+
 def test_plain_text_rows(tmp_path):
     messages = [{"role": "user", "content": "Odd or even?"}, ANSWER]
     sample = load(tmp_path, {"messages": messages}, system_prompt="Be brief.")
