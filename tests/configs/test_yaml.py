@@ -29,7 +29,11 @@ NEEDS = {
     "rollout/engine/vllm": ["rollout=student", "kd_ratio=1"],
 }
 # The root config that an experiment is made for, where that is not HOST.
-EXPERIMENT_HOSTS = {"digits_ce": "digits_kd", "digits_cross": "digits_kd"}
+EXPERIMENT_HOSTS = {
+    "digits_ce": "digits_kd",
+    "digits_cross": "digits_kd",
+    "digits_talker": "digits_teacher",
+}
 
 SERVE = "serve"  # of kd.serve, see tests/serve
 ROOTS = sorted({path.stem for path in CONFIGS.glob("*.yaml")} - {SERVE})

@@ -1,13 +1,31 @@
 from __future__ import annotations
 
+import hashlib
+import json
+
 import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from kd.data.digits import HELD_OUT_IMAGES, QUESTIONS, WORDS, DigitsConfig, all_texts, pool_images
+from kd.data import Collator, Renderer
+from kd.data.digits import (
+    BASIC_KINDS,
+    HELD_OUT_IMAGES,
+    KINDS,
+    STRIP_STREAM,
+    WORDS,
+    DigitsConfig,
+    all_texts,
+    pool_images,
+)
 from kd.types import UserError
 
 LABELS = np.asarray(load_digits().target)
+TALK = ["count_up", "recite", "add"]
+
+
+def digest(texts: list[str]) -> str:
+    return hashlib.blake2b("\n".join(texts).encode(), digest_size=8).hexdigest()
 
 
 def test_pools_are_disjoint_and_complete():
@@ -26,7 +44,7 @@ def test_training_rows_show_images_of_their_pool_only(pool):
 
 def test_validation_rows_show_held_out_images_only():
     rows = DigitsConfig().build("validation")
-    assert len(rows) == HELD_OUT_IMAGES * len(QUESTIONS)
+    assert len(rows) == HELD_OUT_IMAGES * len(BASIC_KINDS)
     assert len({rows[i].id for i in range(len(rows))}) == len(rows)
     shown = {image for i in range(len(rows)) for image in rows.shown(i)}
     assert shown == set(pool_images("held_out").tolist())
@@ -92,16 +110,91 @@ def test_label_noise_makes_exactly_that_fraction_wrong():
 def test_validation_choice_is_balanced_over_distinct_images():
     rows = DigitsConfig(val_samples=100).build("validation")
     kinds = [rows[i].kind for i in range(len(rows))]
-    assert {kind: kinds.count(kind) for kind in QUESTIONS} == dict.fromkeys(QUESTIONS, 20)
+    assert {kind: kinds.count(kind) for kind in BASIC_KINDS} == dict.fromkeys(BASIC_KINDS, 20)
     assert len({rows[i].id.split("/")[1] for i in range(100)}) == 100
 
 
-def test_corpus_holds_every_text():
-    rows, texts = DigitsConfig().build("train"), set(all_texts())
-    assert len(texts) == len(all_texts())
+@pytest.mark.parametrize("kinds", [BASIC_KINDS, KINDS])
+def test_corpus_holds_every_text(kinds):
+    config = DigitsConfig(kinds=list(kinds))
+    rows, texts = config.build("train"), config.corpus()
+    assert len(texts) == len(set(texts))
+    for i in range(400):
+        assert {rows[i].answer, rows[i].messages[0]["content"][-1]["text"]} <= set(texts)
+
+
+def test_tokenizer_hangs_only_on_whether_a_kind_beyond_the_basic_ones_is_asked():
+    assert DigitsConfig(kinds=["which"]).corpus() == DigitsConfig().corpus() == all_texts()
+    assert DigitsConfig(kinds=["add"]).corpus() == DigitsConfig(kinds=list(KINDS)).corpus()
+    assert set(all_texts()) < set(DigitsConfig(kinds=["add"]).corpus())
+
+
+# What trained tokenizers, caches and published results rest on; see `Kind.stream`.
+def test_rows_of_the_basic_kinds_stay_what_they_are():
+    rows = DigitsConfig(pool="student", num_images=300, label_noise=0.3).build("train")
+    samples = [rows[i] for i in range(len(rows))]
+    said = [json.dumps([s.id, s.messages, s.answer, rows.shown(i)]) for i, s in enumerate(samples)]
+    assert digest(all_texts()) == "36fcdc602dd0cec8"
+    assert digest(said) == "ccea3bb2258d010c"
+
+
+def test_kinds_draw_independently():
+    streams = {kind.stream for kind in KINDS.values()}
+    assert len(streams) == len(KINDS) and STRIP_STREAM not in streams
+
+
+def test_counting_up_from_the_digit_shown():
+    rows = DigitsConfig(kinds=["count_up"]).build("train")
+    for i in range(60):
+        (image,) = rows.shown(i)
+        said = ", ".join(WORDS[LABELS[image] : 10])
+        assert rows[i].answer == said[0].upper() + said[1:] + "."
+        assert [part["type"] for part in rows[i].messages[0]["content"]] == ["image", "text"]
+
+
+def test_text_rows_show_nothing_and_answer_what_they_ask():
+    rows = DigitsConfig(kinds=["recite", "add"]).build("train")
+    asked = set()
+    for i in range(400):
+        sample = rows[i]
+        (part,) = sample.messages[0]["content"]
+        assert part["type"] == "text" and sample.images == rows.shown(i) == []
+        first, second = (
+            WORDS.index(word)
+            for word in part["text"].lower().rstrip("?.").replace(",", "").split()
+            if word in WORDS
+        )
+        said = sample.answer.lower().rstrip(".")
+        if sample.kind == "recite":
+            assert first <= second and said.split(", ") == WORDS[first : second + 1]
+        else:
+            assert said == f"{WORDS[first]} plus {WORDS[second]} is {WORDS[first + second]}"
+        asked.add((sample.kind, first, second))
+    assert len(asked) > 100  # of 155
+
+
+def test_text_rows_of_all_kinds_make_one_batch(processor):
+    rows = DigitsConfig(kinds=list(KINDS)).build("train")
+    batch = Collator(Renderer(processor), None, 256, lockstep=False)([rows[i] for i in range(8)])
+    assert [sample.kind for sample in batch.samples] == list(KINDS)
+    assert batch.rejected == [] and len(batch.student.media["image_grid_thw"]) == 6
+
+
+@pytest.mark.parametrize("kind", TALK)
+def test_label_noise_of_the_other_kinds_is_wrong_as_well(kind):
+    clean = DigitsConfig(kinds=[kind]).build("train")
+    noisy = DigitsConfig(kinds=[kind], label_noise=1.0).build("train")
+    answers = set(all_texts([kind]))
     for i in range(300):
-        assert rows[i].answer in texts
-        assert rows[i].messages[0]["content"][1]["text"] in texts
+        assert noisy[i].messages == clean[i].messages
+        assert noisy[i].answer != clean[i].answer and noisy[i].answer in answers
+
+
+@pytest.mark.parametrize("count", range(1, len(KINDS) + 1))
+def test_any_number_of_kinds_is_held_out_once_per_image(count):
+    rows = DigitsConfig(kinds=list(KINDS)[:count]).build("validation")
+    assert len({(image, kind) for image, kind in rows.rows}) == len(rows) == 360 * count
+    assert len({image for image, _ in rows.rows[:360]}) == 360
 
 
 def test_system_prompt_comes_first():
