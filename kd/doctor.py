@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
+from transformers import ProcessorMixin
 
 from kd.data import Collator, Renderer, Rows
 from kd.model import Student
@@ -127,7 +128,7 @@ class Doctor:
         sides = zip(("student", "teacher"), self.collator.renderers, strict=False)
         for side, renderer in sides:
             inputs = self.batch.student if side == "student" else self.batch.teacher
-            number = int((inputs.input_ids_BS == renderer.processor.image_token_id).sum())
+            number = int((inputs.input_ids_BS == feature_token(renderer.processor)).sum())
             finding = f"{number} tokens for {images} images" if number else "none in the prompts"
             fix = "its processor renders no images: give the model's own (processor.name)"
             passed = Result.passed if number else Result.failed
@@ -219,6 +220,13 @@ def _choose(rows: Rows) -> list[Sample]:
         elif sample.images:
             found[-1] = sample
     return found
+
+
+def feature_token(processor: ProcessorMixin) -> int:
+    """The token in whose places the features of an image go."""
+    # Gemma 3's image_token_id is the mark before an image, one of each however it is read.
+    own = processor.image_token_id
+    return own if own in processor.image_token_ids else processor.tokenizer.image_token_id
 
 
 def _wiped(sample: Sample) -> Sample:

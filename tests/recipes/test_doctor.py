@@ -10,10 +10,11 @@ from hydra import compose, initialize_config_dir
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from kd.config import VlmKDConfig, register, to_object, validate
-from kd.doctor import Result
+from kd.doctor import Result, feature_token
 from kd.run import config_dir
 from kd.types import UserError
 from recipes.vlm_kd import VlmKD
+from tests.model.families import FAMILIES, write
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +72,23 @@ def test_the_checks_change_nothing(train, teacher):
         for lines in ((run / "metrics.jsonl").read_text().splitlines() for run in runs)
     ]
     assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_tokens_of_images_are_those_that_features_replace(family):
+    config, processor = FAMILIES[family]()
+    assert feature_token(processor) == config.image_token_id
+
+
+def test_all_tokens_of_an_image_are_counted(kd_main, tmp_path, capsys):
+    """Four of each here, beside the mark before it."""
+    write("gemma3", tmp_path / "model")
+    options = ["student=pretrained", f"student.name={tmp_path / 'model'}", "data.num_workers=0"]
+    options += [f"teacher.name={tmp_path / 'model'}", "doctor=only", "data.max_length=1024"]
+    kd_main("--config-name", "digits_kd", f"run.dir={tmp_path / 'none'}", *options)
+    lines = capsys.readouterr().err.splitlines()
+    (line,) = (line for line in lines if "image tokens (student)" in line)
+    assert "16 tokens for 4 images" in line
 
 
 @pytest.fixture
