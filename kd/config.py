@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, Protocol
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
@@ -237,18 +237,10 @@ def validate(config: VlmKDConfig) -> None:
     for group, options in OPTIONS.items():
         if "/" not in group and type(getattr(config, group)) not in options.values():
             raise UserError(f"no {group} is chosen: give {group}=… or put it in the defaults list")
-    config.run.validate()
-    config.train.validate()
-    config.validation.validate()
-    config.checkpoint.validate()
+    validate_run(config)
     config.student.validate("student")
     config.teacher.validate("teacher")
-    config.data.validate()
     config.loss.validate()
-    config.rollout.validate()
-    config.parallel.validate()
-    config.optim.validate()
-    config.logger.validate()
     if not 0 <= config.kd_ratio <= 1:
         raise UserError(f"kd_ratio={config.kd_ratio}: must be in [0, 1]")
     has_teacher = not isinstance(config.teacher, NoTeacherConfig)
@@ -271,6 +263,33 @@ def validate(config: VlmKDConfig) -> None:
             "kd_ratio=0 leaves nothing to learn from the student's own samples: raise it, or "
             "choose rollout=dataset"
         )
+
+
+class AnyRun(Protocol):
+    """What the root configs of all recipes have."""
+
+    run: RunConfig
+    train: TrainConfig
+    validation: ValidationConfig
+    checkpoint: CheckpointConfig
+    data: DataConfig
+    rollout: RolloutConfig
+    parallel: ParallelConfig
+    optim: OptimConfig
+    logger: LoggerConfig
+
+
+def validate_run(config: AnyRun) -> None:
+    """Refuse what cannot work in any recipe. Settles the batch sizes."""
+    config.run.validate()
+    config.train.validate()
+    config.validation.validate()
+    config.checkpoint.validate()
+    config.data.validate()
+    config.rollout.validate()
+    config.parallel.validate()
+    config.optim.validate()
+    config.logger.validate()
     if isinstance(config.data, ConversationsConfig) and not config.data.require_answer:
         if config.rollout.reads_answers:
             raise UserError(

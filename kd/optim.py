@@ -6,7 +6,9 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -82,3 +84,15 @@ class OptimConfig:
             return floor + (1 - floor) * shape(progress)
 
         return factor
+
+
+def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
+    """Scale the gradients of what is trained to `max_norm`; returns the norm before. Collective."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for p in parameters:
+        # A tower that saw no image: an absent gradient would leave a hole in the optimizer's state,
+        # which then could not be resumed, and would differ from other ranks' zeros.
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+    norm = nn.utils.clip_grad_norm_(parameters, max_norm)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm

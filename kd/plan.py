@@ -23,7 +23,7 @@ from kd.activations import kept_bytes
 from kd.config import VlmKDConfig
 from kd.model import FrozenVLM, Student
 from kd.objective_loop import default_budget_mib
-from kd.parallel import DTYPES, World, blocks
+from kd.parallel import DTYPES, ParallelConfig, World, blocks
 from kd.teacher import LocalTeacherConfig
 
 GIB = 2**30
@@ -62,10 +62,11 @@ class Plan:
 
 
 @contextmanager
-def _pretend_ranks(config: VlmKDConfig) -> Iterator[World]:
+def pretend_ranks(parallel: ParallelConfig) -> Iterator[World]:
+    """Rank 0 of the ranks that a config asks for, in name only."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    ranks, replicas = config.parallel.num_ranks(), config.parallel.dp_replicate
+    ranks, replicas = parallel.num_ranks(), parallel.dp_replicate
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     try:
         shape, names = (replicas, ranks // replicas), ("dp_replicate", "dp_shard")
@@ -80,7 +81,7 @@ def _pretend_ranks(config: VlmKDConfig) -> Iterator[World]:
 
 def make_plan(config: VlmKDConfig) -> Plan:
     """Build, freeze and shard both models without weights, and count."""
-    with _pretend_ranks(config) as world:
+    with pretend_ranks(config.parallel) as world:
         model = config.student.meta_model()
         compute_bytes = DTYPES[config.parallel.compute_dtype].itemsize
         activations = kept_bytes(
@@ -92,12 +93,12 @@ def make_plan(config: VlmKDConfig) -> Plan:
         student = Student(model, config.loss.build(config.kd_ratio))
         student.freeze(config.student.freeze)
         student.adapt(config.student.lora, config.run.seed)
-        whole = _Whole.of(model)
+        whole = Whole.of(model)
         student.distribute(world, config.parallel)
         # Also checks the optimizer's choices.
         config.optim.build(student, config.train.max_steps)
         reduce_bytes = DTYPES[config.parallel.reduce_dtype].itemsize
-        local_trained = sum(_local(p).numel() for p in student.parameters() if p.requires_grad)
+        local_trained = sum(local(p).numel() for p in student.parameters() if p.requires_grad)
         unsharded_gradients = (
             whole.trained
             if config.train.grad_accum != 1 and not config.parallel.sync_every_micro_batch
@@ -108,7 +109,7 @@ def make_plan(config: VlmKDConfig) -> Plan:
             student_parameters=whole.parameters,
             trained_parameters=whole.trained,
             teacher_parameters=0,
-            student_weights=_local_bytes(student),
+            student_weights=local_bytes(student),
             gradients=4 * local_trained + reduce_bytes * unsharded_gradients,
             optimizer=8 * local_trained,
             teacher_weights=0,
@@ -128,17 +129,17 @@ def _add_teacher(
     plan: Plan, teacher: LocalTeacherConfig, config: VlmKDConfig, world: World
 ) -> None:
     model = teacher.meta_model()
-    whole = _Whole.of(model)
+    whole = Whole.of(model)
     vlm = FrozenVLM(model)
     vlm.distribute(world, config.parallel)
     plan.teacher_parameters = whole.parameters
-    plan.teacher_weights = 0 if teacher.cpu_offload else _local_bytes(vlm)
+    plan.teacher_weights = 0 if teacher.cpu_offload else local_bytes(vlm)
     compute_bytes = DTYPES[config.parallel.compute_dtype].itemsize
     plan.gathered += compute_bytes * (whole.root + 2 * whole.largest_block)
 
 
 @dataclass
-class _Whole:
+class Whole:
     """Parameters before sharding."""
 
     parameters: int
@@ -148,7 +149,8 @@ class _Whole:
     """In the root group, the head among them: whole on every rank during a step."""
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> _Whole:
+    def of(cls, model: PreTrainedModel) -> Whole:
+        """Count those of a model."""
         groups = [*blocks(model)]
         embedding = model.get_input_embeddings()
         if embedding.weight is not model.get_output_embeddings().weight:
@@ -159,12 +161,14 @@ class _Whole:
         return cls(parameters, trained, max(sizes), parameters - sum(sizes))
 
 
-def _local(parameter: Tensor) -> Tensor:
+def local(parameter: Tensor) -> Tensor:
+    """The part of a rank."""
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
-def _local_bytes(module: nn.Module) -> int:
-    return sum(_local(p).nbytes for p in module.parameters())
+def local_bytes(module: nn.Module) -> int:
+    """Of all weights on a rank."""
+    return sum(local(p).nbytes for p in module.parameters())
 
 
 def _loss_buffers(config: VlmKDConfig, model: PreTrainedModel) -> int:

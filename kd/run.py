@@ -20,7 +20,8 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from kd.config import register, to_object, validate
+from kd.config import VlmKDConfig, register, typed_object, validate
+from kd.config_dflash import DFlashConfig, register_dflash, validate_dflash
 from kd.launch import (
     HYDRA_SETTINGS,
     USER_ERRORS,
@@ -34,7 +35,13 @@ from kd.launch import (
     set_up_messages,
 )
 from kd.types import UserError
-from recipes import vlm_kd
+from recipes import dflash, vlm_kd
+
+RECIPES = {
+    VlmKDConfig: (validate, vlm_kd.main),
+    DFlashConfig: (validate_dflash, dflash.main),
+}
+"""By the root config that heads the defaults list."""
 
 failed_points: list[str] = []
 
@@ -80,13 +87,16 @@ def run_job(config: DictConfig, hydra_config: DictConfig) -> None:
     overrides = list(hydra_config.overrides.task)
     if hydra_config.mode == RunMode.MULTIRUN:
         name_sweep_point(config, hydra_config.job.override_dirname)
-    typed = to_object(config)
-    validate(typed)
+    typed = typed_object(config)
+    if type(typed) not in RECIPES:
+        raise UserError("this config is none of a recipe: its defaults list begins otherwise")
+    check, recipe = RECIPES[type(typed)]
+    check(typed)
     if typed.parallel.nproc > 1 and "RANK" not in os.environ and not typed.dry_run:
         named = [*overrides, f"run.name={typed.run.name}"]
         launch_ranks("kd.run", typed.parallel.nproc, hydra_config, named)
     else:
-        vlm_kd.main(typed, overrides)
+        recipe(typed, overrides)
 
 
 def name_sweep_point(config: DictConfig, override_dirname: str) -> None:
@@ -109,6 +119,7 @@ def main() -> None:
     """Compose, run, and turn mistakes into plain words."""
     set_up_messages()
     register()
+    register_dflash()
     failed_points.clear()
     try:
         if len(sys.argv) == 1 or not any(arg.startswith("-") for arg in sys.argv[1:]):

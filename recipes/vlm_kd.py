@@ -27,6 +27,7 @@ from kd.logger.report import write_report
 from kd.loss import AlignedLossConfig
 from kd.metrics import LossSum, Timer, peak_mem_gib
 from kd.model import VLM, Pairing, Student, check_images, export, pair
+from kd.optim import clip_gradients
 from kd.parallel import World
 from kd.plan import print_plan
 from kd.rollout import Parts, Policy
@@ -267,7 +268,7 @@ class VlmKD:
                 (out.loss * world.size).backward()
                 losses.add(out)
                 self.trained.append((cpu_batch, out.kd_N))
-            grad_norm = self.clip_gradients()
+            grad_norm = clip_gradients(self.student, cfg.train.max_grad_norm)
             loss, ce, kd, norm = losses.reduce(world, grad_norm)  # the step's one host sync
             if not math.isfinite(loss + norm):
                 self.refuse_non_finite(batches, loss, norm)
@@ -302,17 +303,6 @@ class VlmKD:
             raise
         except UserError as error:
             return [], str(error)
-
-    def clip_gradients(self) -> torch.Tensor:
-        """Scale the gradients to `max_grad_norm`; returns the norm before."""
-        parameters = [p for p in self.student.parameters() if p.requires_grad]
-        for p in parameters:
-            # A tower that saw no image: an absent gradient would leave a hole in the optimizer's
-            # state, which then could not be resumed, and would differ from other ranks' zeros.
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.cfg.train.max_grad_norm)
-        return norm.full_tensor() if isinstance(norm, torch.distributed.tensor.DTensor) else norm
 
     def refuse_non_finite(self, batches: list[Batch], loss: float, norm: float) -> None:
         """End the run before the weights are touched, naming the rows of the step."""

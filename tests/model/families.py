@@ -190,7 +190,12 @@ def qwen3_5(layer_types: list[str]) -> Built:
     return configure(
         processor,
         "qwen3_5",
-        {"layer_types": layer_types, "rope_parameters": rope, **linear},
+        {
+            "layer_types": layer_types,
+            "num_hidden_layers": len(layer_types),
+            "rope_parameters": rope,
+            **linear,
+        },
         vision_config={**QWEN_VISION, "num_position_embeddings": 16},
         tie_word_embeddings=True,
         **qwen_tokens(processor),
@@ -217,7 +222,7 @@ def qwen_parts(patch_size: int, chat_template: str) -> dict[str, Any]:
     }
 
 
-def qwen3_vl() -> Built:
+def qwen3_vl(num_layers: int = 2) -> Built:
     parts = qwen_parts(16, CHAT_TEMPLATE)
     video = Qwen3VLVideoProcessor(**parts.pop("video"))
     processor = Qwen3VLProcessor(video_processor=video, **parts)
@@ -225,7 +230,10 @@ def qwen3_vl() -> Built:
     return configure(
         processor,
         "qwen3_vl",
-        {"rope_parameters": {**MROPE, "mrope_interleaved": True}},
+        {
+            "num_hidden_layers": num_layers,
+            "rope_parameters": {**MROPE, "mrope_interleaved": True},
+        },
         vision_config={**QWEN_VISION, **deepstack},
         **qwen_tokens(processor),
     )
