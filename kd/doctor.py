@@ -226,7 +226,8 @@ def feature_token(processor: ProcessorMixin) -> int:
     """The token in whose places the features of an image go."""
     # Gemma 3's image_token_id is the mark before an image, one of each however it is read.
     own = processor.image_token_id
-    return own if own in processor.image_token_ids else processor.tokenizer.image_token_id
+    is_feature = own in processor.image_token_ids
+    return own if is_feature else processor.tokenizer.image_token_id
 
 
 def _wiped(sample: Sample) -> Sample:
