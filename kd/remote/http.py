@@ -13,7 +13,7 @@ OVERLOADED = (408, 425, 429)
 
 
 class Fault(Exception):
-    """A server that is away, slow, overloaded or broken. `answered`: it has said so itself."""
+    """A server that is away, slow, overloaded or broken. `answered`: the fault is in its answer."""
 
     def __init__(
         self, what: str, *, answered: bool = False, retry_after_s: float | None = None
@@ -63,7 +63,8 @@ async def _exchange(
     if status >= 500 or status in OVERLOADED:
         wait = _retry_after_s(reply) if status == 429 else None
         said = f"{url} answers {status}: {_message(reply)}"
-        raise Fault(said, answered=True, retry_after_s=wait)
+        # 503 is a server that starts or ends, or what stands before one that is away.
+        raise Fault(said, answered=status != 503, retry_after_s=wait)
     if status != 200:
         raise UserError(f"{url} refuses the request ({status}): {_message(reply)}")
     return reply

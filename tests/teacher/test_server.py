@@ -200,6 +200,22 @@ def test_a_slow_server_is_left_for_another(connect, server, batches, local):
             assert_dense(teacher.targets(batch), batch, local)
 
 
+def test_a_server_is_tried_before_the_run_gives_up(connect, server, batches, local):
+    """However long another one has been waited for."""
+    with proxied(server.url, before=lambda n: time.sleep(3)) as (proxy, slow):
+        teacher = connect(slow, server.url, timeout_s=1, wait_s=0.5, rows_per_request=4)
+        assert_dense(teacher.targets(batches[0]), batches[0], local)
+        assert proxy.requests == 1
+
+
+def test_a_server_that_ends_or_starts_is_waited_for(connect, server, batches, local):
+    """What answers 503 is not there, however often it says so."""
+    with proxied(server.url, fault=lambda n, body: (503 if n < 4 else 200, body)) as (proxy, url):
+        teacher = connect(url, retries=1, wait_s=20, rows_per_request=4)
+        assert_dense(teacher.targets(batches[0]), batches[0], local)
+        assert proxy.requests == 4
+
+
 def test_a_server_killed_in_mid_request_is_waited_for(connect, folder, tmp_path, batches, local):
     server = Server(folder, tmp_path / "log")
     try:
