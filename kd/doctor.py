@@ -225,9 +225,10 @@ def _choose(rows: Rows) -> list[Sample]:
 def feature_token(processor: ProcessorMixin) -> int:
     """The token in whose places the features of an image go."""
     # Gemma 3's image_token_id is the mark before an image, one of each however it is read.
-    own = processor.image_token_id
-    is_feature = own in processor.image_token_ids
-    return own if is_feature else processor.tokenizer.image_token_id
+    own, all_ids = processor.image_token_id, processor.image_token_ids
+    found = own if own in all_ids else all_ids[0]
+    assert found is not None
+    return found
 
 
 def _wiped(sample: Sample) -> Sample:
