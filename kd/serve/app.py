@@ -49,8 +49,8 @@ class Service:
         try:
             rows = await self._rows(request)
             payloads = await unless_gone(request, self.batcher.ask(rows))
-            prompts = [row.prompt_ids for row in rows]
-            reply = await self._in_thread(lambda: pack_reply(payloads, prompts))
+            prompts, teacher = [row.prompt_ids for row in rows], self.model.info.digest
+            reply = await self._in_thread(lambda: pack_reply(payloads, prompts, teacher))
         finally:
             self.under_way -= 1
         self.metrics.rows.inc(len(rows))

@@ -168,6 +168,7 @@ class KdEngine:
     def __init__(self, config: KdServe, session: Session) -> None:
         self.config, self.session = config, session
         self.info: Info | None = None
+        self._teacher = b""
 
     @property
     def max_rows(self) -> int:
@@ -222,6 +223,7 @@ class KdEngine:
     async def served(self, http: httpx.AsyncClient, url: str) -> Served:
         """See `TeacherEngine`."""
         assert self.info is not None
+        self._teacher = self.info.digest
         vocab = min(self.session.vocab, self.info.vocab_size)
         identity = {"weights": self.info.weights, "compute_dtype": self.info.dtype}
         if not self.config.is_dense:
@@ -248,18 +250,23 @@ class KdEngine:
             }
         body = await request_bytes(http, f"{url}/v1/targets", request, self.session.timeout_s)
         try:
-            payloads, prompts = unpack_reply(body)
+            reply = unpack_reply(body)
         except ValueError as error:
             raise Fault(f"{url} sends no targets: {error}", answered=True) from None
-        check_lengths(url, responses, payloads)
-        self._check_widths(url, payloads)
-        for response, prompt in zip(responses, prompts, strict=True):
+        if reply.teacher != self._teacher:
+            raise UserError(
+                f"{url} serves another teacher than at the start of this run: start it as it was, "
+                "then the run with the same command"
+            )
+        check_lengths(url, responses, reply.payloads)
+        self._check_widths(url, reply.payloads)
+        for response, prompt in zip(responses, reply.prompts, strict=True):
             if prompt != prompt_digest(response.prompt_ids):
                 raise UserError(
                     f"{url} reads another prompt than this run for row {response.sample.id}: serve "
                     "the teacher with the run's teacher.processor settings and software versions"
                 )
-        return payloads
+        return reply.payloads
 
     def _check_widths(self, url: str, payloads: list[Payload]) -> None:
         assert self.info is not None

@@ -5,12 +5,14 @@
 - `POST /v1/targets`: JSON `{"rows": [{"messages": […], "response_ids": […]}], "kind": "hidden"}`,
   or `"kind": "topk"` with `k`, `temperature` and `vocab`. Messages are chat messages with images as
   data URIs. The reply is safetensors: the payload's tensors over all rows, one after the other,
-  and per row how many tokens it has and a digest of the prompt that the server has read.
+  per row how many tokens it has and a digest of the prompt that the server has read, and a digest
+  of whose word it is: another teacher may have come to its place since the start of the run.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +24,7 @@ from torch import Tensor
 from kd.teacher.payload import Payload, TopK, from_tensors, join, split, tensors
 from kd.types import digest, ids_bytes
 
-LENGTHS, PROMPTS = "row_lengths", "row_prompts"
+LENGTHS, PROMPTS, TEACHER = "row_lengths", "row_prompts", "teacher"
 
 
 @dataclass(frozen=True)
@@ -59,36 +61,57 @@ class Info:
         except (KeyError, TypeError) as error:
             raise ValueError(f"no description of a teacher: {error}") from error
 
+    @property
+    def digest(self) -> bytes:
+        """What a reply says of who has made it: of all that its word depends on."""
+        word = self.weights, self.dtype, self.vocab_size, self.tokenizer, self.rendering
+        return digest(json.dumps(word).encode())
+
+
+@dataclass(frozen=True)
+class Reply:
+    """The body of a reply, unpacked."""
+
+    payloads: list[Payload]
+    """Of each row, as what follows."""
+    prompts: list[bytes]
+    """`prompt_digest`"""
+    teacher: bytes
+    """`Info.digest`"""
+
 
 def prompt_digest(prompt_ids: list[int]) -> bytes:
     """What a reply says of the prompt that was read."""
     return digest(ids_bytes(prompt_ids))
 
 
-def pack_reply(payloads: list[Payload], prompts: list[list[int]]) -> bytes:
+def pack_reply(payloads: list[Payload], prompts: list[list[int]], teacher: bytes) -> bytes:
     """The body of a reply; at least one row."""
     joined = {name: x.contiguous().cpu() for name, x in tensors(join(payloads)).items()}
     if "ids_NK" in joined:
         joined["ids_NK"] = joined["ids_NK"].to(torch.int32)
     digests = [list(prompt_digest(ids)) for ids in prompts]
-    rows = {
+    about = {
         LENGTHS: torch.tensor([len(payload) for payload in payloads]),
         PROMPTS: torch.tensor(digests, dtype=torch.uint8),
+        TEACHER: torch.tensor(list(teacher), dtype=torch.uint8),
     }
-    return save(joined | rows)
+    return save(joined | about)
 
 
-def unpack_reply(body: bytes) -> tuple[list[Payload], list[bytes]]:
-    """The payload and the digest of the prompt of each row. Raises ValueError for anything else."""
+def unpack_reply(body: bytes) -> Reply:
+    """The reverse. Raises ValueError for anything else."""
     try:
         found = load(body)
-        lengths, prompts = found.pop(LENGTHS), found.pop(PROMPTS)
+        lengths, prompts, teacher = (found.pop(name) for name in (LENGTHS, PROMPTS, TEACHER))
         payload = from_tensors(found)
         if isinstance(payload, TopK):
             payload.ids_NK = payload.ids_NK.to(torch.int64)
-        if lengths.ndim != 1 or any(len(x) != int(lengths.sum()) for x in found.values()):
+        sizes = [len(x) == int(lengths.sum()) for x in found.values()]
+        if lengths.ndim != 1 or not all(sizes) or len(prompts) != len(lengths):
             raise ValueError("tensors of another length than its rows")
-        return split(payload, lengths.tolist()), [bytes(row.tolist()) for row in prompts]
+        payloads = split(payload, lengths.tolist())
+        return Reply(payloads, [bytes(row.tolist()) for row in prompts], bytes(teacher.tolist()))
     except (SafetensorError, KeyError, RuntimeError) as error:
         raise ValueError(str(error)) from error
 

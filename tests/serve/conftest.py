@@ -91,7 +91,7 @@ class Client:
     def payloads(self, rows: list[Rollout], **asked: Any) -> list[Payload]:
         reply = self.post(request(rows, **asked))
         assert reply.status_code == 200, reply.text
-        return unpack_reply(reply.content)[0]
+        return unpack_reply(reply.content).payloads
 
     def metric(self, name: str, labels: str = "") -> float:
         """The value of one line of /metrics; 0 where there is none."""

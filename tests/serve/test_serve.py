@@ -70,7 +70,9 @@ def test_hidden_states_are_the_models(pair):
     rows = rollouts(7)
     reply = server.post(request(rows))
     assert reply.status_code == 200, reply.text
-    payloads, prompts = unpack_reply(reply.content)
+    unpacked = unpack_reply(reply.content)
+    assert unpacked.teacher == server.model.info.digest
+    payloads, prompts = unpacked.payloads, unpacked.prompts
     assert prompts == [prompt_digest(local.prompt_ids(row)) for row in rows]
     for row, payload in zip(rows, payloads, strict=True):
         assert_is_of(payload, local, row)
@@ -132,9 +134,9 @@ def test_everybody_gets_their_own_answer(pair):
     assert 1 <= forwards < len(jobs)
     for (rows, top), reply in zip(jobs, replies, strict=True):
         assert reply.status_code == 200, reply.text
-        payloads, prompts = unpack_reply(reply.content)
-        assert prompts == [prompt_digest(local.prompt_ids(row)) for row in rows]
-        for row, payload in zip(rows, payloads, strict=True):
+        unpacked = unpack_reply(reply.content)
+        assert unpacked.prompts == [prompt_digest(local.prompt_ids(row)) for row in rows]
+        for row, payload in zip(rows, unpacked.payloads, strict=True):
             assert_is_of(payload, local, row, top)
     read = sum(
         len(local.prompt_ids(row)) + len(row.response_ids) for rows, _ in jobs for row in rows
@@ -239,7 +241,7 @@ def test_a_row_that_the_model_fails_at_harms_no_other(folder, world):
         assert message == "the teacher fails at this request: a fault of the model's"
         for row, reply in zip(good, (first, last), strict=True):
             assert reply.status_code == 200, reply.text
-            assert_is_of(unpack_reply(reply.content)[0][0], local, row)
+            assert_is_of(unpack_reply(reply.content).payloads[0], local, row)
 
 
 def test_a_signal_lets_requests_under_way_be_answered(folder, world):
@@ -254,7 +256,7 @@ def test_a_signal_lets_requests_under_way_be_answered(folder, world):
         assert refused.status_code == 503
         assert refused.json()["error"]["message"] == "the server ends"
         assert under_way.result().status_code == 200
-        assert len(unpack_reply(under_way.result().content)[0]) == len(rows)
+        assert len(unpack_reply(under_way.result().content).payloads) == len(rows)
 
 
 @pytest.mark.parametrize(("limits", "room"), [({}, 512), ({"max_batch_tokens": 300}, 300)])

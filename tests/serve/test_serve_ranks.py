@@ -61,9 +61,9 @@ def test_two_ranks_answer_as_one_and_end_together(started, folder):
         rows = rollouts(count, seed=count)
         reply = client.post(request(rows))
         assert reply.status_code == 200, reply.text
-        payloads, prompts = unpack_reply(reply.content)
-        assert prompts == [prompt_digest(local.prompt_ids(row)) for row in rows]
-        for row, payload in zip(rows, payloads, strict=True):
+        unpacked = unpack_reply(reply.content)
+        assert unpacked.prompts == [prompt_digest(local.prompt_ids(row)) for row in rows]
+        for row, payload in zip(rows, unpacked.payloads, strict=True):
             assert isinstance(payload, Hidden)
             wanted = local.dense(row).hidden_ND
             torch.testing.assert_close(payload.hidden_ND, wanted, rtol=1e-5, atol=1e-5)

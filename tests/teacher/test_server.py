@@ -256,6 +256,22 @@ def test_another_tokenizer_is_refused(server, world, tmp_path):
         config.build_teacher(processor, world, ParallelConfig(), 320)
 
 
+def test_another_teacher_in_its_place_is_refused(connect, folder, tmp_path, batches, local):
+    """A server that comes back with other weights, which give no other prompts or sizes."""
+    write("qwen3_5_hybrid", tmp_path / "other", seed=1)
+    server = Server(folder, tmp_path / "log")
+    try:
+        teacher = connect(server.url, wait_s=100)
+        assert_dense(teacher.targets(batches[0]), batches[0], local)
+        server.stop()
+        server.model = tmp_path / "other"
+        server.start()
+        with pytest.raises(UserError, match="serves another teacher than at the start of this run"):
+            teacher.targets(batches[1])
+    finally:
+        server.stop()
+
+
 def test_nobody_there_is_told_after_a_while(connect):
     with pytest.raises(UserError, match=r"no server was of use for 1 s: .*\n"):
         connect("http://127.0.0.1:9", wait_s=1)
