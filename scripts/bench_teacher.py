@@ -307,16 +307,20 @@ def epochs_case(args: argparse.Namespace) -> None:
 
 
 def ahead_case(args: argparse.Namespace) -> None:
-    """A step with the targets asked for one step ahead, and when they are needed."""
+    """A step with the targets asked for one step ahead, and when they are needed.
+
+    Trainer and server have one thread each: they work at the same time.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         folder, runs = Path(scratch) / "teacher", Path(scratch) / "runs"
         make_teacher(folder, args)
-        with serving(folder, "serve.max_length=512") as near, delayed(near, args.delay_ms) as far:
+        single = "parallel.cpu_threads=1"
+        with serving(folder, single) as near, delayed(near, args.delay_ms) as far:
             found = {}
             for place, url in {"near": near, "far": far}.items():
                 for ahead in ("false", "true"):
                     options = ["teacher=server", f"teacher.name={folder}", f"teacher.urls=[{url}]"]
-                    options += ["data.max_length=512", f"teacher.ahead={ahead}"]
+                    options += ["data.max_length=512", f"teacher.ahead={ahead}", single]
                     found[f"{place}, ahead={ahead}"] = train(runs, f"{place}_{ahead}", *options)
         report(found)
 
@@ -343,7 +347,8 @@ def delayed(upstream: str, delay_ms: float) -> Iterator[str]:
             self.send_response(reply.status_code)
             self.send_header("content-length", str(len(reply.content)))
             self.end_headers()
-            self.wfile.write(reply.content)
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the run has ended
+                self.wfile.write(reply.content)
 
         do_GET = do_POST
 
