@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import (
     Qwen3MLP,
@@ -119,8 +119,14 @@ class Draft(nn.Module):
         self.hidden_norm = Qwen3RMSNorm(width, config.rms_norm_eps)
         self.layers = nn.ModuleList(DraftLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = Qwen3RMSNorm(width, config.rms_norm_eps)
-        # Frequencies are a float32 buffer, which mixed precision leaves alone.
         self.rotary_emb = Qwen3RotaryEmbedding(config)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Draft:
+        """Moves and casts, except that the rotary frequencies stay in float32."""
+        exact = self.rotary_emb.inv_freq
+        super()._apply(fn, recurse)
+        self.rotary_emb.inv_freq = exact.to(self.rotary_emb.inv_freq.device)
+        return self
 
     def init_weights(self, seed: int) -> None:
         """Matrices from N(0, initializer_range), norms 1; the same whatever was drawn before."""
@@ -142,9 +148,6 @@ class Draft(nn.Module):
         self.to(world.device)
         for module in [*self.layers, self]:
             fully_shard(module, mesh=world.mesh, mp_policy=policy)
-        for method in ("distill", "propose"):
-            if hasattr(self, method):
-                register_fsdp_forward_method(self, method)
 
     def forward(
         self,
