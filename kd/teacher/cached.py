@@ -199,11 +199,9 @@ class CachedTeacher(BaseTeacher):
     def source(self) -> BaseTeacher:
         """The teacher itself, loaded now if it is not yet. Collective."""
         if self._source is None:
-            source = self._source = self.build_source()
-            cache = self.cache
-            if cache is not None:
-                folder = self.wanted.folder
-                agreed(self.world, lambda: cache.manifest.refuse_other(folder, {}, source.identity))
+            self._source = self.build_source()
+            if self.cache is not None:
+                self._refuse_other_source(self.cache.manifest)
         self._source.matched = self.matched
         return self._source
 
@@ -214,7 +212,14 @@ class CachedTeacher(BaseTeacher):
         manifest = on_main(
             self.world, lambda: wanted.describe(source, targets).write(wanted.folder)
         )
+        self._refuse_other_source(manifest)  # it may be another run's, which came first
         self._open(manifest)
+
+    def _refuse_other_source(self, manifest: Manifest) -> None:
+        """Collective."""
+        source, folder = self._source, self.wanted.folder
+        assert source is not None
+        agreed(self.world, lambda: manifest.refuse_other(folder, {}, source.identity))
 
     def _keep(self, batch: Batch, targets: TeacherTargets | None) -> None:
         responses = told(batch)

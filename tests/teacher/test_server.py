@@ -16,7 +16,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from kd.data import Collator, Renderer
 from kd.model import FrozenVLM, ProcessorConfig
 from kd.parallel import ParallelConfig, World
-from kd.teacher import KdServe, ServerTeacherConfig
+from kd.teacher import CachedTeacherConfig, KdServe, ServerTeacherConfig
 from kd.teacher.payload import top_k
 from kd.teacher.server import ServerTeacher
 from kd.teacher.sparse import SparseTargets
@@ -245,6 +245,29 @@ def test_a_server_killed_in_mid_request_is_waited_for(connect, folder, tmp_path,
 def test_what_the_run_needs_is_asked_for_at_the_start(connect, options, says):
     with pytest.raises(UserError, match=says):
         connect(**options)
+
+
+def test_one_cache_of_two_teachers_is_refused(server, folder, world, tmp_path, batches):
+    """Runs that began together on an empty folder: whoever comes second has another head."""
+    write("qwen3_5_hybrid", tmp_path / "other", seed=1)
+    other = Server(tmp_path / "other", tmp_path / "log")
+    made = []
+    try:
+        for url in (server.url, other.url):
+            source = ServerTeacherConfig(
+                name=str(folder), urls=[url], engine=KdServe(), max_length=512, wait_s=3
+            )
+            config = CachedTeacherConfig(folder=str(tmp_path / "cache"), source=source)
+            processor = config.build_processor(list)
+            made.append(config.build_teacher(processor, world, ParallelConfig(), 320))
+        made[0].targets(batches[0])
+        with pytest.raises(UserError, match=r"is of another teacher or codec: teacher\.weights"):
+            made[1].targets(batches[0])
+        made[0].targets(batches[1])
+    finally:
+        for teacher in made:
+            teacher.close()
+        other.stop()
 
 
 def test_another_tokenizer_is_refused(server, world, tmp_path):
