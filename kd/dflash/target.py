@@ -48,18 +48,22 @@ class Target(FrozenVLM):
         # A layer's output as the next one takes it in: some families add image features between
         # the two (Qwen3-VL's deepstack), and serving engines tap after that.
         self._tapped = [layers[i + 1] for i in layer_ids]
-        self._embedding = _owner(model, embed_key, "draft.embed_key", model.get_input_embeddings())
-        self._head = _owner(model, lm_head_key, "draft.lm_head_key", model.get_output_embeddings())
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        # In a tuple: as attributes they would be modules of this one a second time.
+        self._ends = (
+            _owner(model, embed_key, "draft.embed_key", embedding),
+            _owner(model, lm_head_key, "draft.lm_head_key", head),
+        )
 
     @property
     def width(self) -> int:
         """Of its hidden states."""
-        return self._head.get_parameter("weight").shape[1]
+        return self._ends[1].get_parameter("weight").shape[1]
 
     @property
     def vocab_size(self) -> int:
         """Entries of its head."""
-        return self._head.get_parameter("weight").shape[0]
+        return self._ends[1].get_parameter("weight").shape[0]
 
     @torch.no_grad()
     def states(self, inputs: Inputs, block_ids_BQ: Tensor) -> TargetStates:
@@ -87,12 +91,13 @@ class Target(FrozenVLM):
         return outputs.last_hidden_state, taps.joined()
 
     def _embed(self, ids: Tensor) -> Tensor:
-        if isinstance(self._embedding, nn.Embedding):  # some scale what they look up
-            return self._embedding(ids)
-        return nn.functional.embedding(ids, self._embedding.weight)
+        embedding, _ = self._ends
+        if isinstance(embedding, nn.Embedding):  # some scale what they look up
+            return embedding(ids)
+        return nn.functional.embedding(ids, embedding.get_parameter("weight"))
 
     def _head_weights(self) -> tuple[Tensor, Tensor | None]:
-        head = self._head
+        _, head = self._ends
         bias_V = head.bias if isinstance(head, nn.Linear) else None
         return head.get_parameter("weight"), bias_V
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -144,3 +145,11 @@ def sample(i: int) -> Sample:
             {"role": "user", "content": [text, parts[1]]},
         ]
     return Sample(f"row{i}", messages, images, "A blue circle.")
+
+
+def save(pair: Pair, folder: Path) -> Path:
+    """The target as a folder that runs can name."""
+    pair.target.model.generation_config.eos_token_id = pair.stop_ids[0]
+    pair.target.model.save_pretrained(folder)
+    pair.processor.save_pretrained(folder)
+    return folder

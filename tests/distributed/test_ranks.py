@@ -22,10 +22,10 @@ PYTHON = [sys.executable, "-m", "kd.run"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 
 
-def ranks(name: str, *overrides: str, command: list[str] = PYTHON) -> None:
+def ranks(name: str, *overrides: str, command: list[str] = PYTHON, config: str = CONFIG) -> None:
     """Run on two ranks."""
     done = subprocess.run(
-        [*command, "--config-name", CONFIG, f"run.name={name}", *overrides],
+        [*command, "--config-name", config, f"run.name={name}", *overrides],
         env=subprocess_env(),
         capture_output=True,
         text=True,
