@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -87,16 +88,23 @@ def run_job(config: DictConfig, hydra_config: DictConfig) -> None:
     overrides = list(hydra_config.overrides.task)
     if hydra_config.mode == RunMode.MULTIRUN:
         name_sweep_point(config, hydra_config.job.override_dirname)
-    typed = typed_object(config)
-    if type(typed) not in RECIPES:
-        raise UserError("this config is none of a recipe: its defaults list begins otherwise")
-    check, recipe = RECIPES[type(typed)]
-    check(typed)
+    typed = checked(config)
+    _, recipe = RECIPES[type(typed)]
     if typed.parallel.nproc > 1 and "RANK" not in os.environ and not typed.dry_run:
         named = [*overrides, f"run.name={typed.run.name}"]
         launch_ranks("kd.run", typed.parallel.nproc, hydra_config, named)
     else:
         recipe(typed, overrides)
+
+
+def checked(config: DictConfig) -> Any:
+    """The typed config of either recipe, validated."""
+    typed = typed_object(config)
+    if type(typed) not in RECIPES:
+        raise UserError("this config is none of a recipe: its defaults list begins otherwise")
+    check, _ = RECIPES[type(typed)]
+    check(typed)
+    return typed
 
 
 def name_sweep_point(config: DictConfig, override_dirname: str) -> None:

@@ -13,8 +13,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from kd.config import OPTIONS, VlmKDConfig, register, to_object, typed_object, validate
-from kd.run import config_dir
+from kd.config import OPTIONS, VlmKDConfig, register, typed_object
+from kd.config_dflash import DFLASH_OPTIONS, DFlashConfig, register_dflash
+from kd.run import checked, config_dir
 from kd.serve.config import ServerConfig
 from kd.serve.config import register as register_server
 
@@ -88,9 +89,10 @@ def test_commands_compose_and_validate(page, arguments, tmp_path, monkeypatch):
     runs = points(overrides)
     assert len(runs) == 1 or {"-m", "--multirun"} & set(arguments)
     register()
+    register_dflash()
     with initialize_config_dir(str(main), version_base="1.3"):
         for run in runs:
-            validate(to_object(compose(name, overrides=[*search, *run])))
+            checked(compose(name, overrides=[*search, *run]))
 
 
 @pytest.mark.parametrize(("page", "arguments"), commands_of("kd.serve"))
@@ -150,9 +152,10 @@ def config_keys(schema: type, prefix: str) -> set[str]:
 KEYS = config_keys(VlmKDConfig, "").union(
     *(
         config_keys(schema, group.replace("/", "."))
-        for group, schemas in OPTIONS.items()
+        for group, schemas in (OPTIONS | DFLASH_OPTIONS).items()
         for schema in schemas.values()
     ),
+    config_keys(DFlashConfig, ""),
     config_keys(ServerConfig, ""),
 )
 GROUPS = {key.split(".")[0] for key in KEYS if "." in key}

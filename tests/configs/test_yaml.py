@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from kd.config import OPTIONS, VlmKDConfig, register, to_object, validate
+from kd.config import OPTIONS, register
+from kd.config_dflash import DFLASH_OPTIONS, register_dflash
+from kd.run import checked
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 HOST = "qwen_vl_kd"  # sets nothing of `data`, so that any option fits into it
+DRAFT_HOST = "dflash"
+SCHEMAS = OPTIONS | DFLASH_OPTIONS
 
 # What an option leaves to its user.
 NEEDS = {
@@ -27,12 +32,15 @@ NEEDS = {
     "rollout/student": ["kd_ratio=1"],
     "rollout/engine/hf": ["rollout=student", "kd_ratio=1"],
     "rollout/engine/vllm": ["rollout=student", "kd_ratio=1"],
+    "target/pretrained": ["target.name=folder"],
 }
 # The root config that an experiment is made for, where that is not HOST.
 EXPERIMENT_HOSTS = {
     "digits_ce": "digits_kd",
     "digits_cross": "digits_kd",
     "digits_talker": "digits_teacher",
+    "qwen3_5_4b_dflash": DRAFT_HOST,
+    "qwen3_vl_8b_dflash": DRAFT_HOST,
 }
 
 SERVE = "serve"  # of kd.serve, see tests/serve
@@ -44,13 +52,12 @@ EXPERIMENTS = [name for name in FILES if name.startswith("experiment/")]
 GROUP_OPTIONS = [name for name in FILES if name not in EXPERIMENTS]
 
 
-def composed(root: str, *overrides: str) -> VlmKDConfig:
+def composed(root: str, *overrides: str) -> Any:
     """As `kd.run` does it: composed, converted, validated."""
     register()
+    register_dflash()
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        typed = to_object(compose(root, overrides=list(overrides)))
-    validate(typed)
-    return typed
+        return checked(compose(root, overrides=list(overrides)))
 
 
 def yaml(name: str) -> DictConfig:
@@ -63,7 +70,7 @@ def yaml(name: str) -> DictConfig:
 def schema_of(name: str) -> type:
     """The dataclass that heads the defaults list of a group's YAML."""
     group, schema = name.rpartition("/")[0], yaml(name).defaults[0]
-    return OPTIONS[group][schema.removesuffix("_schema")]
+    return SCHEMAS[group][schema.removesuffix("_schema")]
 
 
 def test_there_are_configs():
@@ -82,7 +89,8 @@ def test_root_configs(root):
 @pytest.mark.parametrize("name", GROUP_OPTIONS)
 def test_group_options(name):
     group, _, option = name.rpartition("/")
-    config = composed(HOST, f"{group}={option}", *NEEDS.get(name, []))
+    host = DRAFT_HOST if group in DFLASH_OPTIONS else HOST
+    config = composed(host, f"{group}={option}", *NEEDS.get(name, []))
     chosen = functools.reduce(getattr, group.split("/"), config)
     assert type(chosen) is schema_of(name)
 
@@ -113,15 +121,16 @@ def test_experiments(name):
 
 def test_every_schema_has_a_yaml_and_every_group_a_schema():
     groups = {str(path.relative_to(CONFIGS)) for path in CONFIGS.glob("**/") if path != CONFIGS}
-    assert groups == {*OPTIONS, "experiment"}
-    for group, schemas in OPTIONS.items():
+    assert groups == {*SCHEMAS, "experiment"}
+    for group, schemas in SCHEMAS.items():
         shipped = {schema_of(name) for name in GROUP_OPTIONS if name.rpartition("/")[0] == group}
         assert shipped == set(schemas.values())
 
 
 def test_groups_bear_the_name_of_what_they_configure():
-    for group, schemas in OPTIONS.items():
-        module = {"student": "model"}.get(group, group.split("/")[0])
+    modules = {"student": "model", "target": "dflash", "draft": "dflash"}
+    for group, schemas in SCHEMAS.items():
+        module = modules.get(group.split("/")[0], group.split("/")[0])
         for schema in schemas.values():
             assert schema.__module__.split(".")[:2] == ["kd", module]
 
@@ -161,6 +170,28 @@ def test_dry_run_of_the_experiments(
     assert rows["student parameters"] == student
     assert rows["of them trained"] == trained
     assert rows["teacher parameters"] == teacher
+    assert not runs.exists()
+
+
+# Depth and taps of the drafts that were published for targets as deep (docs/dflash.md).
+@pytest.mark.parametrize(
+    ("experiment", "target", "draft", "taps"),
+    [
+        ("qwen3_5_4b_dflash", "4.539 B", "0.518 B", "[1, 8, 15, 22, 29]"),
+        ("qwen3_vl_8b_dflash", "8.767 B", "1.049 B", "[1, 9, 17, 25, 33]"),
+    ],
+)
+def test_dry_run_of_the_drafts(
+    kd_main, capsys, tmp_path, monkeypatch, experiment, target, draft, taps
+):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    runs = tmp_path / "runs"
+    overrides = ["dry_run=true", f"run.dir={runs}", "parallel.nproc=8"]
+    kd_main("--config-name", DRAFT_HOST, f"experiment={experiment}", *overrides)
+    rows = table(capsys.readouterr().out)
+    assert rows["target parameters"] == target
+    assert rows["draft parameters, trained"] == draft
+    assert rows["layers of the target tapped"] == taps
     assert not runs.exists()
 
 
