@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from kd.stop import EXIT_CODE, Stopped, pass_on_to_children
 from kd.types import UserError
 
 USER_ERRORS = (UserError, HydraException, OmegaConfBaseException)
@@ -45,6 +46,12 @@ class RanksFailed(Exception):
         super().__init__(f"a rank ended with exit code {exit_code}")
         self.exit_code = exit_code
 
+    @classmethod
+    def of(cls, error: ChildFailedError) -> RanksFailed:
+        """The rank that ended first; one killed by a signal ended with 1."""
+        _, failure = error.get_first_failure()
+        return cls(failure.exitcode if failure.exitcode > 0 else 1)
+
 
 def launch_ranks(module: str, nproc: int, hydra_config: DictConfig, overrides: list[str]) -> None:
     """Start `nproc` ranks of `python -m module` on this machine and wait for them."""
@@ -61,11 +68,14 @@ def launch_ranks(module: str, nproc: int, hydra_config: DictConfig, overrides: l
         max_restarts=0,
         local_addr="localhost",
     )
+    pass_on_to_children()
     try:
         elastic_launch(settings, sys.executable)(*command, *overrides)
     except ChildFailedError as error:
-        _, failure = error.get_first_failure()
-        raise RanksFailed(failure.exitcode if failure.exitcode > 0 else 1) from None
+        failure = RanksFailed.of(error)
+        if failure.exit_code == EXIT_CODE:
+            raise Stopped from None
+        raise failure from None
 
 
 def before_overrides(argv: list[str], settings: list[str]) -> list[str]:

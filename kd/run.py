@@ -35,6 +35,7 @@ from kd.launch import (
     lost_rank,
     set_up_messages,
 )
+from kd.stop import stop_request
 from kd.types import UserError
 from recipes import dflash, vlm_kd
 
@@ -94,6 +95,7 @@ def run_job(config: DictConfig, hydra_config: DictConfig) -> None:
         named = [*overrides, f"run.name={typed.run.name}"]
         launch_ranks("kd.run", typed.parallel.nproc, hydra_config, named)
     else:
+        stop_request.listen()
         recipe(typed, overrides)
 
 

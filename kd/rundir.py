@@ -149,7 +149,7 @@ class RunDir:
         return json.loads(path.read_text()) if path.exists() else {}
 
     def write_status(self, status: str, step: int) -> None:
-        """Say how far the run is: running, finished or failed."""
+        """Say how far the run is: running, finished, stopped or failed."""
         if self.world.is_main:
             wall_s = self._wall_before_s + time.monotonic() - self._started
             content = {"status": status, "step": step, "wall_s": round(wall_s, 1)}

@@ -57,7 +57,8 @@ class Pace:
     def end(self, step: int, failed: bool) -> str:
         """How the run ended, and how long this process took."""
         elapsed = format_duration(time.monotonic() - self._began)
-        return f"{'failed' if failed else 'finished'} at step {step} after {elapsed}"
+        outcome = "failed" if failed else "finished" if step == self.total_steps else "stopped"
+        return f"{outcome} at step {step} after {elapsed}"
 
 
 class LineLogger:

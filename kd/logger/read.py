@@ -23,7 +23,7 @@ class Status:
     """How far a run is."""
 
     status: str
-    """running, finished or failed."""
+    """running, finished, stopped or failed."""
     step: int
     wall_s: float
 

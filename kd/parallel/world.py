@@ -142,6 +142,10 @@ class World:
         dist.all_reduce(total)
         return total.tolist()
 
+    def any(self, value: bool) -> bool:
+        """Whether it is so on some rank; the same answer on every rank."""
+        return value if self.size == 1 else self.sum_ints(value)[0] > 0
+
     def gather(self, value: T) -> list[T]:
         """The picklable values of all ranks, in rank order, on every rank."""
         if self.size == 1:

@@ -92,7 +92,7 @@ def test_bar_on_a_terminal():
         assert part in text
     assert "\x1b[" in text
     assert "step 20  val  accuracy_[red]x 0.25" in text
-    assert "finished at step 20 after 0:" in text
+    assert "stopped at step 20 after 0:" in text
 
 
 def test_dumb_terminal_gets_lines(monkeypatch):
