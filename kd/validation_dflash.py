@@ -17,7 +17,6 @@ from kd.dflash import (
     Draft,
     DraftConfig,
     DraftOutput,
-    Target,
     Walk,
     acceptance,
     read_blocks,
@@ -27,6 +26,7 @@ from kd.logger import SampleRecord
 from kd.model import cut
 from kd.parallel import World
 from kd.rollout import Policy, Rejections
+from kd.states_dflash import LiveStates
 from kd.types import Batch, Rollout, Sample, UserError
 from kd.validation import question
 
@@ -42,6 +42,7 @@ class DraftEvaluator:
         batches: Callable[[], Iterable[Batch]],
         collate: Collator,
         policy: Policy,
+        states: LiveStates,
         draft: Draft,
         maker: BlockMaker,
         config: DraftConfig,
@@ -50,6 +51,7 @@ class DraftEvaluator:
         world: World,
     ) -> None:
         self.batches, self.collate, self.policy = batches, collate, policy
+        self.states = states
         self.draft, self.maker, self.config = draft, maker, config
         self.validation, self.on_broken_row, self.world = validation, on_broken_row, world
         self.said: dict[str, tuple[list[int], bool]] = {}
@@ -97,10 +99,8 @@ class DraftEvaluator:
         return [Rollout(s, *self.said[s.id], 0, "teacher") for s in batch.samples]
 
     def _read(self, batch: Batch, blocks: Blocks) -> tuple[list[_Row], DraftOutput]:
-        device, target = self.world.device, self.policy.vlm
-        assert isinstance(target, Target)
-        blocks = blocks.to(device)
-        states = target.states(batch.student.to(device), blocks.ids_BQ)
+        blocks = blocks.to(self.world.device)
+        states = self.states(batch.to(self.world.device), blocks)
         out = read_blocks(
             self.draft, states, blocks, self.config.weighting, 1.0, self.config.attention
         )

@@ -35,6 +35,7 @@ from kd.parallel import World
 from kd.plan_dflash import print_plan
 from kd.rollout import Parts, Policy
 from kd.rundir import RunDir
+from kd.states_dflash import build_states
 from kd.types import AgreedError, Batch, Source, UserError
 from kd.validation_dflash import DraftEvaluator
 
@@ -55,6 +56,7 @@ class DFlash:
         renderer = Renderer(self.processor, cfg.target.processor.chat_template_kwargs)
         self.collator = Collator(renderer, None, cfg.data.max_length, lockstep=world.size > 1)
         self.policy = self.build_policy(renderer)
+        self.states = build_states(cfg, self.target, self.processor, world)
         self.source = self.build_source()
         self.blocks = BlockMaker(
             cfg.draft.block_size, self.draft.mask_token_id, cfg.draft.num_anchors, cfg.run.seed
@@ -129,6 +131,7 @@ class DFlash:
             lambda: validation_batches(self.val_rows, self.collator, split),
             self.collator,
             self.policy,
+            self.states,
             self.draft,
             dataclasses.replace(self.blocks, num_anchors=None),
             cfg.draft,
@@ -195,7 +198,7 @@ class DFlash:
             for i, (batch, chosen) in enumerate(zip(batches, blocks, strict=True)):
                 batch, chosen = batch.to(self.device), chosen.to(self.device)
                 with timer("target"):
-                    states = self.target.states(batch.student, chosen.ids_BQ)
+                    states = self.states(batch, chosen)
                 last = i == len(batches) - 1
                 self.draft.set_requires_gradient_sync(last or cfg.parallel.sync_every_micro_batch)
                 out = read_blocks(
@@ -231,6 +234,7 @@ class DFlash:
             "train/target_s": seconds["target"],
             "train/peak_mem_gib": peak_mem_gib(self.device),
             "data/too_short": self.num_too_short,
+            **self.states.metrics(),
             **self.source.metrics(),
         }
 
@@ -265,6 +269,7 @@ class DFlash:
 
     def save(self) -> None:
         """Checkpoint the state after `self.step`."""
+        self.states.publish()
         small = {
             "source": self.source.state_dict(),
             "scheduler": self.scheduler.state_dict(),

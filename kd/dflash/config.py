@@ -167,3 +167,5 @@ class TargetConfig(PretrainedModel):
     dtype: str = "bfloat16"
     cpu_offload: bool = False
     """Keep the sharded weights in host memory and copy each block to the device when it runs."""
+    states_folder: str | None = None
+    """Keep there what the draft reads of every row, and have the target read no row twice."""

@@ -32,7 +32,7 @@ class TargetStates:
 class Target(FrozenVLM):
     """A frozen VLM with taps. `embed_key`, `lm_head_key` name weights that are not found."""
 
-    forward_methods = (*FrozenVLM.forward_methods, "states", "embed", "logits", "read")
+    forward_methods = (*FrozenVLM.forward_methods, "states", "beside", "embed", "logits", "read")
 
     def __init__(
         self,
@@ -61,6 +61,11 @@ class Target(FrozenVLM):
         return self._ends[1].get_parameter("weight").shape[1]
 
     @property
+    def taps_width(self) -> int:
+        """Of all taps of a token together."""
+        return self.width * len(self.layer_ids)
+
+    @property
     def vocab_size(self) -> int:
         """Entries of its head."""
         return self._ends[1].get_parameter("weight").shape[0]
@@ -71,6 +76,11 @@ class Target(FrozenVLM):
         with self.tapping() as taps:
             self.model.base_model(**inputs.model_inputs(), use_cache=False)
         return TargetStates(taps.joined(), self._embed(block_ids_BQ), *self._head_weights())
+
+    @torch.no_grad()
+    def beside(self, taps_BSM: Tensor, block_ids_BQ: Tensor) -> TargetStates:
+        """Taps that are known, with the embeddings of the blocks and the head."""
+        return TargetStates(taps_BSM, self._embed(block_ids_BQ), *self._head_weights())
 
     @torch.no_grad()
     def embed(self, ids_BQ: Tensor) -> Tensor:

@@ -29,6 +29,8 @@ CHARTS = {
     "Training loss": ("train/loss", "train/ce", "train/kd"),
     "Validation loss": ("val/loss", "val/ce", "val/kd"),
     "Validation accuracy": ("val/accuracy*",),
+    "Accept length": ("val/accept_length*", "train/accept_length"),
+    "Accepted by position in the block": tuple(f"val/accept_{k}" for k in range(1, 32)),
     "Gradient norm": ("train/grad_norm",),
     "Learning rate": ("train/lr",),
     "Tokens per second": ("train/tokens_per_s",),
@@ -41,7 +43,11 @@ CHARTS = {
     "Staleness": ("rollout/staleness",),
     "Rollout tokens per second": ("rollout/tokens_per_s",),
 }
-SHARES = {"Validation accuracy", "Rollouts: truncated, ended, repetition"}
+SHARES = {
+    "Validation accuracy",
+    "Accepted by position in the block",
+    "Rollouts: truncated, ended, repetition",
+}
 """The charts of values that are parts of a whole."""
 SETTINGS_FILES = ("overrides.yaml", "config.yaml")
 

@@ -50,7 +50,7 @@ class Manifest:
         if found:
             raise UserError(
                 f"the cache {folder} is of another teacher or codec: {'; '.join(found)}\n"
-                "Choose another teacher.folder, or remove that one"
+                "Choose another folder, or remove that one"
             )
 
     def write(self, folder: Path) -> Manifest:
@@ -78,7 +78,7 @@ def read_manifest(folder: Path) -> Manifest | None:
     if matches and version != FORMAT:
         raise UserError(f"{path} is of format {version}, this version reads {FORMAT}: fill another")
     if not matches:
-        raise UserError(f"{path} is damaged or was edited: choose another teacher.folder")
+        raise UserError(f"{path} is damaged or was edited: choose another folder")
     return Manifest(**content)
 
 

@@ -84,6 +84,32 @@ def test_short_responses_are_counted(train, target):
     assert set(metrics(run, "train/loss").values()) == {0}
 
 
+def test_states_kept_on_disk_are_those_of_the_target(train, target, tmp_path, capsys):
+    folder = tmp_path / "states"
+    base = [*ANSWERS, "parallel.compute_dtype=float64", "parallel.reduce_dtype=float64"]
+    live = train("dflash", "live", target, *base)
+    filled = train("dflash", "filled", target, *base, f"target.states_folder={folder}")
+    again = train("dflash", "again", target, *base, f"target.states_folder={folder}")
+    for key in ("train/loss", "train/grad_norm", "train/accept_length"):
+        assert metrics(filled, key) == pytest.approx(metrics(live, key), rel=1e-9), key
+        assert metrics(again, key) == metrics(filled, key), key
+    assert metrics(filled, "target/states_found")[1] == 0
+    assert set(metrics(again, "target/states_found").values()) == {1}
+    # Neither another target's nor a damaged one.
+    other = f"target.name={save(build('full'), tmp_path / 'other')}"
+    (segment,) = (folder / "segments").glob("*.safetensors")
+    whole = segment.read_bytes()
+    for name, model, says in [
+        ("other", other, "is of another teacher"),
+        ("flipped", target, "has changed"),
+    ]:
+        with pytest.raises(SystemExit) as exit_:
+            train("dflash", name, model, *base, f"target.states_folder={folder}")
+        assert exit_.value.code == 2 and says in capsys.readouterr().err
+        half = len(whole) // 2
+        segment.write_bytes(whole[:half] + bytes([whole[half] ^ 1]) + whole[half + 1 :])
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
