@@ -15,7 +15,7 @@ from transformers import ProcessorMixin
 from kd.model import rendering_digest, tokenizer_digest
 from kd.remote import Fault, messages, request_bytes, request_json
 from kd.teacher.base import Head
-from kd.teacher.payload import Hidden, Payload
+from kd.teacher.payload import Payload, TopK, tensors
 from kd.teacher.wire import Info, prompt_digest, unpack_head, unpack_reply
 from kd.types import Response, UserError
 
@@ -184,7 +184,7 @@ class KdEngine:
             info = Info.read(reply)
         except ValueError as error:
             raise UserError(f"{url} is no server of kd.serve: {error}") from None
-        self._check(url, info)
+        self._check_info(url, info)
         if self.info is not None and info != self.info:
             raise UserError(
                 f"{url} serves {info.model} ({info.dtype}), another server {self.info.model} "
@@ -197,7 +197,7 @@ class KdEngine:
         if token:
             http.headers["Authorization"] = f"Bearer {token}"
 
-    def _check(self, url: str, info: Info) -> None:
+    def _check_info(self, url: str, info: Info) -> None:
         session = self.session
         if info.tokenizer != tokenizer_digest(session.processor):
             raise UserError(
@@ -224,16 +224,23 @@ class KdEngine:
         """See `TeacherEngine`."""
         assert self.info is not None
         self._teacher = self.info.digest
-        vocab = min(self.session.vocab, self.info.vocab_size)
         identity = {"weights": self.info.weights, "compute_dtype": self.info.dtype}
         if not self.config.is_dense:
-            return Served(vocab, self.info.stop_ids, None, identity)
+            return Served(self._vocab, self.info.stop_ids, None, identity)
         body = await request_bytes(http, f"{url}/v1/head", None, self.session.timeout_s)
         try:
             head = Head(*unpack_head(body))
         except ValueError as error:
             raise Fault(f"{url} sends no head: {error}", answered=True) from None
-        return Served(vocab, self.info.stop_ids, head, identity)
+        shape = self.info.vocab_size, self.info.hidden_size
+        if tuple(head.weight_VD.shape) != shape:
+            raise Fault(f"{url} sends a head of another shape than it tells of", answered=True)
+        return Served(self._vocab, self.info.stop_ids, head, identity)
+
+    @property
+    def _vocab(self) -> int:
+        assert self.info is not None
+        return min(self.session.vocab, self.info.vocab_size)
 
     async def ask(
         self, http: httpx.AsyncClient, url: str, responses: list[Response]
@@ -246,7 +253,7 @@ class KdEngine:
             request |= {
                 "k": self.config.k,
                 "temperature": self.session.temperature,
-                "vocab": min(self.session.vocab, self.info.vocab_size),
+                "vocab": self._vocab,
             }
         body = await request_bytes(http, f"{url}/v1/targets", request, self.session.timeout_s)
         try:
@@ -259,7 +266,8 @@ class KdEngine:
                 "then the run with the same command"
             )
         check_lengths(url, responses, reply.payloads)
-        self._check_widths(url, reply.payloads)
+        for payload in reply.payloads:
+            self._check(url, payload)
         for response, prompt in zip(responses, reply.prompts, strict=True):
             if prompt != prompt_digest(response.prompt_ids):
                 raise UserError(
@@ -268,13 +276,23 @@ class KdEngine:
                 )
         return reply.payloads
 
-    def _check_widths(self, url: str, payloads: list[Payload]) -> None:
+    def _check(self, url: str, payload: Payload) -> None:
+        """Raises Fault where it is not what was asked for, or is no log-probs or hidden states."""
         assert self.info is not None
-        width = self.info.hidden_size if self.config.is_dense else self.config.k
-        for payload in payloads:
-            values = payload.hidden_ND if isinstance(payload, Hidden) else payload.logp_NK
-            if isinstance(payload, Hidden) != self.config.is_dense or values.shape[1] != width:
-                raise Fault(f"{url} sends targets of another shape than asked for", answered=True)
+        n, k = len(payload), self.config.k
+        if self.config.is_dense:
+            shapes = {"hidden_ND": (n, self.info.hidden_size)}
+        else:
+            shapes = {"ids_NK": (n, k), "logp_NK": (n, k), "response_logp_N": (n,), "tail_N": (n,)}
+        found = tensors(payload)
+        if {name: tuple(x.shape) for name, x in found.items()} != shapes:
+            raise Fault(f"{url} sends targets of another shape than asked for", answered=True)
+        if not all(bool(x.isfinite().all()) for x in found.values()):
+            raise Fault(f"{url} sends numbers that are not finite", answered=True)
+        if n and isinstance(payload, TopK):
+            first, last = payload.ids_NK.aminmax()
+            if first < 0 or last >= self._vocab:
+                raise Fault(f"{url} sends tokens beyond the {self._vocab} asked for", answered=True)
 
 
 def check_lengths(url: str, responses: list[Response], payloads: list[Payload]) -> None:

@@ -112,7 +112,7 @@ def unpack_reply(body: bytes) -> Reply:
             raise ValueError("tensors of another length than its rows")
         payloads = split(payload, lengths.tolist())
         return Reply(payloads, [bytes(row.tolist()) for row in prompts], bytes(teacher.tolist()))
-    except (SafetensorError, KeyError, RuntimeError) as error:
+    except (SafetensorError, KeyError, RuntimeError, TypeError, IndexError) as error:
         raise ValueError(str(error)) from error
 
 

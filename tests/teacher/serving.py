@@ -80,6 +80,8 @@ class Proxy:
 
     upstream: str
     fault: Fault = lambda number, body: (200, body)
+    others: Callable[[str, bytes], bytes] = lambda path, body: body
+    """(path, good reply) -> reply, to other requests."""
     before: Callable[[int], None] = lambda number: None
     """Called with the number of a request for targets before it is handed on."""
     requests: int = 0
@@ -97,7 +99,7 @@ class Proxy:
         )
         if number and good.status_code == 200:
             return self.fault(number, good.content)
-        return good.status_code, good.content
+        return good.status_code, self.others(path, good.content)
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load, save
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from kd.data import Collator, Renderer
@@ -175,6 +176,91 @@ def test_replies_that_stay_bad_end_the_run(connect, server, batches):
         teacher = connect(url, retries=1)
         with pytest.raises(UserError, match=r"has failed 2 times, at last: .* sends no targets"):
             teacher.targets(batches[0])
+
+
+Tensors = dict[str, torch.Tensor]
+
+WRONG_TENSORS: dict[str, tuple[KdServe, Callable[[Tensors], object], str]] = {
+    "no numbers": (KdServe(), lambda t: t["hidden_ND"].fill_(float("nan")), "not finite"),
+    "narrow": (
+        KdServe(),
+        lambda t: t.update(hidden_ND=t["hidden_ND"][:, 1:].contiguous()),
+        "of another shape",
+    ),
+    "without a width": (
+        KdServe(),
+        lambda t: t.update(hidden_ND=t["hidden_ND"][:, 0].contiguous()),
+        "of another shape",
+    ),
+    "lengths in halves": (
+        KdServe(),
+        lambda t: t.update(row_lengths=t["row_lengths"] / 1),
+        "sends no targets",
+    ),
+    "a prompt in halves": (
+        KdServe(),
+        lambda t: t.update(row_prompts=t["row_prompts"] / 1),
+        "sends no targets",
+    ),
+    "hidden states instead": (
+        KdServe(targets="topk", k=7),
+        lambda t: [t.pop(name) for name in ("logp_NK", "tail_N")],
+        "sends no targets",
+    ),
+    "beyond the vocabulary": (
+        KdServe(targets="topk", k=7),
+        lambda t: t["ids_NK"][-1].fill_(320),
+        "tokens beyond the 313",
+    ),
+    "below it": (
+        KdServe(targets="topk", k=7),
+        lambda t: t["ids_NK"][0].fill_(-1),
+        "tokens beyond the 313",
+    ),
+    "an infinite tail": (
+        KdServe(targets="topk", k=7),
+        lambda t: t["tail_N"].fill_(float("-inf")),
+        "not finite",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_TENSORS)
+def test_tensors_that_cannot_be_targets(connect, server, batches, name):
+    """They are never trained on, and end nothing but the request: it is asked for again."""
+    engine, spoil, says = WRONG_TENSORS[name]
+
+    def fault(number: int, body: bytes):
+        found = load(body)
+        spoil(found)
+        return 200, save(found)
+
+    with proxied(server.url, fault=fault) as (proxy, url):
+        teacher = connect(url, engine=engine, retries=1, rows_per_request=4)
+        with pytest.raises(UserError, match=f"has failed 2 times, at last: .*{says}"):
+            teacher.targets(batches[0])
+        assert proxy.requests == 2
+
+
+def without_row(body: bytes) -> bytes:
+    return save({"weight": load(body)["weight"][1:].contiguous()})
+
+
+@pytest.mark.parametrize(
+    ("path", "spoil", "says"),
+    [
+        ("/v1/head", without_row, "a head of another shape than it tells of"),
+        ("/v1/head", lambda body: b"<html>", "sends no head"),
+        ("/v1/info", lambda body: b'{"model": "x"}', "is no server of kd.serve"),
+        ("/v1/info", lambda body: b"[]", "answers no JSON object"),
+    ],
+)
+def test_a_server_that_tells_something_else_at_the_start(connect, server, path, spoil, says):
+    def others(asked: str, body: bytes) -> bytes:
+        return spoil(body) if asked == path else body
+
+    with proxied(server.url, others=others) as (_, url), pytest.raises(UserError, match=says):
+        connect(url, retries=1)
 
 
 def test_rows_of_somebody_else_are_not_taken(connect, server, batches):
