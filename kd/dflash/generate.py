@@ -115,17 +115,23 @@ class _Decoder:
         text = target.model.config.get_text_config(decoder=True)
         self.cache = _TargetCache(DynamicCache(config=text))
         self.context = ContextCache(len(draft.layers))
-        hidden_BPD, self.new_taps = target.read(
-            **prompts.model_inputs(), past_key_values=self.cache.cache
-        )
         self.seen_BK = prompts.attention_mask_BS.bool()
         """Which positions of the cache hold a token of the row."""
         self.new_seen = self.seen_BK
         self.length_B = self.seen_BK.sum(-1)
-        # Of models whose image tokens share positions, from the forward of the prompts.
-        delta = getattr(target.model.base_model, "rope_deltas", None)
-        self.delta_B = torch.zeros_like(self.length_B) if delta is None else delta.flatten()
         self.new_positions = (self.seen_BK.cumsum(-1) - 1).clamp(min=0)
+        # Image tokens of some models share positions, which those find for themselves. What such a
+        # model remembers (rope_deltas) is of the last prompts that had images.
+        finds_positions = hasattr(target.model.base_model, "rope_deltas") and any(
+            name.startswith("pixel_values") for name in prompts.media
+        )
+        given = {} if finds_positions else {"position_ids": self.new_positions}
+        hidden_BPD, self.new_taps = target.read(
+            **prompts.model_inputs(), **given, past_key_values=self.cache.cache
+        )
+        self.delta_B = torch.zeros_like(self.length_B)
+        if finds_positions:
+            self.delta_B = target.model.base_model.rope_deltas.flatten()
         self.context_seen = self.seen_BK[:, :0]
         self.last_B = self._argmax(hidden_BPD[:, -1])
 

@@ -23,11 +23,16 @@ def decode(pair: Pair, draft: Draft, numbers: range, stop_ids: list[int]) -> lis
     return generate(pair.target, draft, prompts, TOKENS, stop_ids, pair.forbidden_ids)
 
 
-@pytest.mark.parametrize(("numbers", "at_once"), [(range(200), 10), (range(12), 1)])
+TEXT_ALONE = range(1, 37, 3)  # of different lengths, after prompts with images
+
+
+@pytest.mark.parametrize(
+    ("numbers", "at_once"), [(range(200), 10), (range(12), 1), (TEXT_ALONE, 6)]
+)
 def test_200_prompts_together_and_a_dozen_alone(pair, draft, numbers, at_once):
     lengths = set()
-    for start in numbers[::at_once]:
-        some = range(start, start + at_once)
+    for start in range(0, len(numbers), at_once):
+        some = numbers[start : start + at_once]
         rollouts = pair.greedy([sample(i) for i in some])
         found = decode(pair, draft, some, pair.stop_ids)
         assert [row.response_ids for row in found] == [r.response_ids for r in rollouts], some
