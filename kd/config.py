@@ -10,6 +10,12 @@ from typing import Any, Protocol
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
+from kd.batching import (
+    BatchingConfig,
+    FixedBatching,
+    PackedBatching,
+    TokenBudgetBatching,
+)
 from kd.checkpoint import CheckpointConfig
 from kd.data import ConversationsConfig, DataConfig, DigitsConfig, MedPixConfig
 from kd.logger import DefaultLoggerConfig, LoggerConfig, WandbLoggerConfig
@@ -53,9 +59,9 @@ class TrainConfig:
 
     max_steps: int = 100
     micro_batch_size: int = 1
-    """Rows that one rank reads at once."""
+    """Rows that one rank reads at once, with batching=fixed."""
     grad_accum: int | None = None
-    """Micro-batches per optimizer step; None: what `global_batch_size` leaves."""
+    """Micro-batches of so many rows per optimizer step; None: what `global_batch_size` leaves."""
     global_batch_size: int | None = None
     """Rows per optimizer step over all ranks; None: what the other two give."""
     max_grad_norm: float = 1.0
@@ -135,6 +141,7 @@ class VlmKDConfig:
     student: TrainedModel = field(default_factory=TrainedModel)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    batching: BatchingConfig = field(default_factory=BatchingConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -167,6 +174,11 @@ OPTIONS: dict[str, dict[str, type]] = {
         "digits": DigitsConfig,
         "medpix": MedPixConfig,
         "conversations": ConversationsConfig,
+    },
+    "batching": {
+        "fixed": FixedBatching,
+        "token_budget": TokenBudgetBatching,
+        "packed": PackedBatching,
     },
     "loss": {
         "forward_kl": ForwardKLConfig,
@@ -241,6 +253,7 @@ def validate(config: VlmKDConfig) -> None:
     config.student.validate("student")
     config.teacher.validate("teacher")
     config.loss.validate()
+    config.batching.validate(config.data.max_length)
     if not 0 <= config.kd_ratio <= 1:
         raise UserError(f"kd_ratio={config.kd_ratio}: must be in [0, 1]")
     has_teacher = not isinstance(config.teacher, NoTeacherConfig)
@@ -339,6 +352,13 @@ def _validate_teacher(config: VlmKDConfig) -> None:
         raise UserError(
             "loss=uld and loss=gold need the teacher's whole distribution, but this teacher serves "
             "its top-k: have it serve hidden states, or choose another loss"
+        )
+    may_load_later = isinstance(teacher, CachedTeacherConfig) and not teacher.require_full
+    if config.batching.packs and may_load_later:
+        raise UserError(
+            "batching=packed is tried on every model at the start, but the one behind a cache is "
+            "loaded later: fill the cache (python -m kd.cache) and set teacher.require_full=true, "
+            "or choose batching=token_budget"
         )
     fixed = teacher.temperature_fixed
     if fixed is not None and fixed != loss.temperature:

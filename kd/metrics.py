@@ -7,12 +7,51 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kd.objective import KDOutput
 from kd.parallel import World
+from kd.types import Batch
+
+
+class Counts(NamedTuple):
+    """What the micro-batches of an optimizer step hold, on a rank or on all."""
+
+    targets: int
+    kd_targets: int
+    aligned: int
+    unaligned: int
+    tokens: int
+    places: int
+
+    @classmethod
+    def of(cls, batches: list[Batch]) -> Counts:
+        """Of a rank's micro-batches."""
+        return cls(
+            sum(b.num_targets for b in batches),
+            sum(b.num_kd_targets for b in batches),
+            sum(b.num_aligned for b in batches),
+            sum(b.num_unaligned for b in batches),
+            sum(b.num_tokens for b in batches),
+            sum(b.num_places for b in batches),
+        )
+
+    @property
+    def divisors(self) -> tuple[int, int]:
+        """What the CE and the KD of every micro-batch of the step are divided by."""
+        return max(1, self.targets), max(1, self.kd_targets)
+
+    def metrics(self) -> dict[str, float]:
+        """Of all ranks."""
+        return {
+            "train/num_targets": self.targets,
+            "data/padding_waste": 1 - self.tokens / max(1, self.places),
+            "align/coverage": self.aligned / max(1, self.targets),
+            "align/unaligned": self.unaligned,
+        }
 
 
 class LossSum:

@@ -86,7 +86,7 @@ def make_plan(config: VlmKDConfig) -> Plan:
         compute_bytes = DTYPES[config.parallel.compute_dtype].itemsize
         activations = kept_bytes(
             model,
-            config.train.micro_batch_size * config.data.max_length,
+            config.batching.tokens_at_once(config.train.micro_batch_size, config.data.max_length),
             compute_bytes,
             checkpointing=config.parallel.activation_checkpointing,
         )

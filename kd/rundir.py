@@ -43,6 +43,7 @@ FREE_KEYS = (
     "data.num_workers",
     "train.micro_batch_size",
     "train.grad_accum",
+    "batching",
     "train.log_every",
     "train.save_every",
     # What is made of a finished run.

@@ -120,6 +120,9 @@ class Inputs:
     target_rows_N: Tensor
     media: dict[str, Tensor]
     """Passed verbatim to the model: pixel_values, image_grid_thw, mm_token_type_ids, …"""
+    lengths: list[int] | None = None
+    """Packed: tokens of the rows that follow each other in one sequence, B = 1, without padding.
+    None: every row is a sequence, padded to the longest."""
 
     def to(self, device: torch.device | str) -> Inputs:
         """Copy to `device`, asynchronously from pinned memory."""
@@ -132,12 +135,9 @@ class Inputs:
         )
 
     def model_inputs(self) -> dict[str, Tensor]:
-        """Keyword arguments of the model's forward."""
-        return {
-            "input_ids": self.input_ids_BS,
-            "attention_mask": self.attention_mask_BS,
-            **self.media,
-        }
+        """Keyword arguments of the model's forward; packed rows need their positions as well."""
+        mask = {} if self.lengths else {"attention_mask": self.attention_mask_BS}
+        return {"input_ids": self.input_ids_BS, **mask, **self.media}
 
 
 class ResponseGroups(Protocol):
@@ -179,6 +179,8 @@ class Batch:
     """Responses that have no KD because the two tokenizers do not meet in them."""
     responses: list[Response] = field(default_factory=list)
     """The rollouts as the teacher reads them: its target rows, one response after the other."""
+    num_tokens: int = 0
+    """Tokens of the rows as the student reads them, without padding and fillers."""
 
     @property
     def samples(self) -> list[Sample]:
@@ -201,8 +203,8 @@ class Batch:
         return self.num_targets if self.groups is None else self.groups.num_student_rows
 
     @property
-    def num_tokens(self) -> int:
-        """Tokens the student reads, padding included."""
+    def num_places(self) -> int:
+        """Tokens the student reads, padding and fillers included."""
         return self.student.input_ids_BS.numel()
 
     def to(self, device: torch.device | str) -> Batch:
@@ -222,8 +224,8 @@ class Batch:
 class Source(Protocol):
     """Where batches come from. `take` never ends: an epoch follows an epoch."""
 
-    def take(self, n: int) -> list[Batch]:
-        """The `n` micro-batches (CPU) of this rank for the next optimizer step."""
+    def take(self) -> list[Batch]:
+        """The micro-batches (CPU) of this rank for the next optimizer step: as many on each."""
         ...
 
     def metrics(self) -> dict[str, float]:

@@ -16,6 +16,7 @@ from collections.abc import Callable
 import torch
 from transformers.utils import logging as transformers_logging
 
+from kd.batching import FixedBatching
 from kd.checkpoint import Checkpoints, random_state, set_random_state
 from kd.config_dflash import DFlashConfig
 from kd.data import BatchStream, Collator, Renderer, Split, validation_batches
@@ -96,6 +97,7 @@ class DFlash:
     def build_source(self) -> Source:
         """Where the batches come from."""
         cfg, world = self.cfg, self.world
+        rows = cfg.train.micro_batch_size, cfg.train.grad_accum
 
         def stream(collate: Callable, rows_at_a_time: int) -> BatchStream:
             return BatchStream(
@@ -112,6 +114,7 @@ class DFlash:
             Parts(
                 stream=stream,
                 collate=self.collator,
+                batching=FixedBatching().build(self.collator, *rows, world),
                 student=self.policy,
                 teacher=self.policy,
                 told_ahead=None,
@@ -241,7 +244,7 @@ class DFlash:
     def take(self) -> tuple[list[Batch], list[Blocks], str | None]:
         """The micro-batches of this rank with their blocks, or what is wrong with a row."""
         try:
-            batches = self.source.take(self.cfg.train.grad_accum)
+            batches = self.source.take()
             return batches, [self.blocks(batch, self.step) for batch in batches], None
         except AgreedError:  # told by all ranks already
             raise

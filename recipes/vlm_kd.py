@@ -25,7 +25,7 @@ from kd.doctor import Doctor, report
 from kd.logger import RolloutRecord
 from kd.logger.report import write_report
 from kd.loss import AlignedLossConfig
-from kd.metrics import LossSum, Timer, peak_mem_gib
+from kd.metrics import Counts, LossSum, Timer, peak_mem_gib
 from kd.model import VLM, Pairing, Student, check_images, export, pair
 from kd.optim import clip_gradients
 from kd.parallel import World
@@ -73,6 +73,7 @@ class VlmKD:
         if self.teacher.vlm is not None:
             self.teacher_policy = self.policy(self.teacher.vlm, self.collator.renderers[-1])
         self.check_images()
+        self.check_batching()
         self.source = self.build_source()
         self.validator = self.build_validator()
         self.timer = Timer(self.device)
@@ -136,9 +137,17 @@ class VlmKD:
             if policy is not None and config.processor.image:
                 check_images(policy.vlm, policy.prompts, self.device)
 
+    def check_batching(self) -> None:
+        """See that both models can read the micro-batches that are to be made."""
+        self.student.eval()
+        readers = {"student": self.student.read, "teacher": self.judge.read}
+        self.cfg.batching.check(self.collator, readers, self.world)
+        self.student.train()
+
     def build_source(self) -> Source:
         """Where the batches come from."""
         cfg, world = self.cfg, self.world
+        rows = cfg.train.micro_batch_size, cfg.train.grad_accum
 
         def stream(collate: Callable, rows_at_a_time: int) -> BatchStream:
             return BatchStream(
@@ -155,6 +164,7 @@ class VlmKD:
             Parts(
                 stream=stream,
                 collate=self.collator,
+                batching=cfg.batching.build(self.collator, *rows, world),
                 student=self.student_policy,
                 teacher=self.teacher_policy,
                 told_ahead=self.judge if cfg.asked_teacher.is_told_ahead else None,
@@ -240,25 +250,16 @@ class VlmKD:
                 write_report(self.run_dir.path)
 
     def train_step(self) -> dict[str, float]:
-        """One optimizer step over `grad_accum` micro-batches on every rank."""
+        """One optimizer step over equally many micro-batches on every rank."""
         cfg, world, timer = self.cfg, self.world, self.timer
         with timer("step"):
             with timer("data"):
                 batches, problem = self.take()
             # Counted before any backward: every micro-batch is divided by the same number.
-            problems, num_targets, num_kd_targets, num_aligned, num_unaligned, num_tokens = (
-                world.sum_ints(
-                    problem is not None,
-                    sum(b.num_targets for b in batches),
-                    sum(b.num_kd_targets for b in batches),
-                    sum(b.num_aligned for b in batches),
-                    sum(b.num_unaligned for b in batches),
-                    sum(b.num_tokens for b in batches),
-                )
-            )
-            counts = max(1, num_targets), max(1, num_kd_targets)
+            problems, *sums = world.sum_ints(problem is not None, *Counts.of(batches))
             if problems:
                 world.agree(problem)
+            counts = Counts(*sums)
             with timer("teacher"):
                 self.judge.expect(batches)
             losses = LossSum(self.device)
@@ -269,7 +270,7 @@ class VlmKD:
                     targets = self.judge.targets(batch)
                 last = i == len(batches) - 1
                 self.student.set_requires_gradient_sync(last or cfg.parallel.sync_every_micro_batch)
-                out = self.student.distill(batch, targets, *counts)
+                out = self.student.distill(batch, targets, *counts.divisors)
                 # FSDP2 averages gradients over the ranks; the loss is already a global mean.
                 (out.loss * world.size).backward()
                 losses.add(out)
@@ -289,14 +290,13 @@ class VlmKD:
             "train/kd": kd,
             "train/grad_norm": norm,
             "train/lr": lr,
-            "train/num_targets": num_targets,
-            "train/tokens_per_s": num_tokens / seconds["step"],
+            "train/tokens_per_s": counts.tokens / seconds["step"],
             "train/step_s": seconds["step"],
             "train/data_s": seconds["data"],
             "train/teacher_s": seconds["teacher"],
             "train/peak_mem_gib": peak_mem_gib(self.device),
-            "align/coverage": num_aligned / max(1, num_targets),
-            "align/unaligned": num_unaligned,
+            "train/micro_batches": len(batches),
+            **counts.metrics(),
             **self.source.metrics(),
             **self.judge.metrics(),
         }
@@ -304,7 +304,7 @@ class VlmKD:
     def take(self) -> tuple[list[Batch], str | None]:
         """The micro-batches of this rank, or what is wrong with a row, for all ranks to end by."""
         try:
-            return self.source.take(self.cfg.train.grad_accum), None
+            return self.source.take(), None
         except AgreedError:  # told by all ranks already
             raise
         except UserError as error:

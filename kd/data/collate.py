@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 
 import torch
 from PIL import Image
@@ -25,7 +27,7 @@ class RenderedSample(Sample):
 
 
 @dataclass
-class _Row:
+class Row:
     """A row that fits: one prompt per model, and the response in the tokens of each."""
 
     prompts: list[Prompt]
@@ -33,7 +35,23 @@ class _Row:
     aligned: AlignedResponse
 
     @property
+    def num_tokens(self) -> int:
+        """Of prompt and response as the student reads them, those of images included."""
+        return len(self.prompts[0].ids_S) + len(self.aligned.student_ids)
+
+    @property
+    def length(self) -> int:
+        """Tokens in the longer of the renderings."""
+        return max(self.num_tokens, len(self.prompts[-1].ids_S) + len(self.aligned.teacher_ids))
+
+    @property
+    def has_image(self) -> bool:
+        """Whether the vision tower runs for it."""
+        return bool(self.rollout.sample.images)
+
+    @property
     def labels(self) -> list[int]:
+        """What is learnt by cross-entropy; a student's own sample is only compared."""
         ids = self.rollout.response_ids
         return ids if self.rollout.is_reference else [IGNORE_INDEX] * len(ids)
 
@@ -72,19 +90,25 @@ class Collator:
         cannot be rendered. One row may follow those of `samples`: a filler with no target, in a
         batch with no row left, and in one without an image under `lockstep`.
         """
-        outcomes = [self._row(row) for row in rows]
-        kept = [row for row in outcomes if isinstance(row, _Row)]
+        return self.batch(self.prepare(rows))
+
+    def prepare(self, rows: list[Sample | Rejected | Rollout]) -> list[Row | Rejected]:
+        """The rows as they are to be read, one outcome for each."""
+        return [self._row(row) for row in rows]
+
+    def batch(self, outcomes: list[Row | Rejected], *, packed: bool = False) -> Batch:
+        """A micro-batch of prepared rows: padded, or `packed` into one sequence."""
+        kept = [row for row in outcomes if isinstance(row, Row)]
         rejected = [row for row in outcomes if isinstance(row, Rejected)]
         filled = kept + self._filler([row.rollout.sample for row in kept])
-        student = self._pack(filled, 0, [row.rollout.response_ids for row in filled])
-        teacher = student
-        if self.teacher is not None:
-            teacher = self._pack(filled, 1, [row.aligned.teacher_ids for row in filled])
+        student = self._inputs(filled, 0, packed)
+        teacher = student if self.teacher is None else self._inputs(filled, 1, packed)
         labels_N = torch.tensor([t for row in filled for t in row.labels], dtype=torch.int64)
         labels_BS = torch.full_like(student.input_ids_BS, IGNORE_INDEX)
         labels_BS.view(-1)[student.target_rows_N] = labels_N
         rollouts = [row.rollout for row in kept]
         batch = Batch(student, teacher, labels_BS, labels_N, rollouts, rejected)
+        batch.num_tokens = sum(row.num_tokens for row in kept)
         batch.responses = [
             Response(row.rollout.sample, row.prompts[-1].ids_S.tolist(), row.aligned.teacher_ids)
             for row in kept
@@ -94,9 +118,18 @@ class Collator:
             batch.num_unaligned = sum(row.aligned.problem is not None for row in filled)
         return batch
 
-    def _pack(self, rows: list[_Row], which: int, responses: list[list[int]]) -> Inputs:
+    def _inputs(self, rows: list[Row], which: int, packed: bool) -> Inputs:
         prompts = [row.prompts[which] for row in rows]
-        return _pack(prompts, responses, self.renderers[which].pad_token_id)
+        sides = ((row.aligned.student_ids, row.aligned.teacher_ids) for row in rows)
+        responses = [ids[which] for ids in sides]
+        if packed:
+            return _pack(prompts, responses)
+        return _pad_right(prompts, responses, self.renderers[which].pad_token_id)
+
+    @functools.cached_property
+    def filler_length(self) -> int:
+        """Tokens of the row that a batch without an image gets; 0: it gets none."""
+        return self._filler([])[0].length if self.lockstep else 0
 
     def prompts(
         self, samples: list[Sample], *, teacher: bool = False, filler: bool = True
@@ -110,7 +143,7 @@ class Collator:
         prompts = [self._prompts(sample)[which] for sample in samples]
         if filler:
             prompts += [row.prompts[which] for row in self._filler(samples)]
-        return _pack_left(prompts, self.renderers[which].pad_token_id)
+        return _pad_left(prompts, self.renderers[which].pad_token_id)
 
     def render(self, rows: list[Sample | Rejected]) -> list[Sample | Rejected]:
         """The rows, their prompts rendered, for those who generate; a bad one as Rejected."""
@@ -143,7 +176,7 @@ class Collator:
                 usable.append(row)
         return usable, rejected
 
-    def _row(self, row: Sample | Rejected | Rollout) -> _Row | Rejected:
+    def _row(self, row: Sample | Rejected | Rollout) -> Row | Rejected:
         if isinstance(row, Rejected):
             return row
         sample = row.sample if isinstance(row, Rollout) else row
@@ -153,7 +186,7 @@ class Collator:
         except RowError as error:
             return Rejected(sample.id, str(error), broken=True)
         longest = max(len(aligned.student_ids), len(aligned.teacher_ids))
-        return self._too_long(sample, prompts, longest) or _Row(prompts, rollout, aligned)
+        return self._too_long(sample, prompts, longest) or Row(prompts, rollout, aligned)
 
     def _response(self, row: Sample | Rollout) -> tuple[Rollout, AlignedResponse]:
         """What is trained on, in the student's tokens, and the same in the teacher's."""
@@ -197,7 +230,7 @@ class Collator:
             raise RowError("it has no answer")
         return Rollout(sample, self.student.response(sample.answer), True, 0, "dataset")
 
-    def _filler(self, samples: list[Sample]) -> list[_Row]:
+    def _filler(self, samples: list[Sample]) -> list[Row]:
         has_image = any(sample.images for sample in samples)
         if has_image if self.lockstep else samples:
             return []
@@ -205,7 +238,7 @@ class Collator:
         content = [{"type": "image"} for _ in images] + [{"type": "text", "text": "."}]
         sample = Sample("filler", [{"role": "user", "content": content}], images, None)
         nothing = AlignedResponse([], [], Alignment([]))
-        return [_Row(self._prompts(sample), Rollout(sample, [], True, 0, "dataset"), nothing)]
+        return [Row(self._prompts(sample), Rollout(sample, [], True, 0, "dataset"), nothing)]
 
 
 def _groups(responses: list[AlignedResponse]) -> Groups:
@@ -216,12 +249,36 @@ def _groups(responses: list[AlignedResponse]) -> Groups:
     )
 
 
-def _pack(prompts: list[Prompt], responses: list[list[int]], pad_token_id: int) -> Inputs:
-    """Prompt + response per row, padded on the right."""
-    ids = [
+def _whole(prompts: list[Prompt], responses: list[list[int]]) -> list[Tensor]:
+    """Prompt + response per row."""
+    return [
         torch.cat([p.ids_S, torch.tensor(r, dtype=torch.int64)])
         for p, r in zip(prompts, responses, strict=True)
     ]
+
+
+def _pack(prompts: list[Prompt], responses: list[list[int]]) -> Inputs:
+    """Prompt + response, one row after the other in one sequence."""
+    ids = _whole(prompts, responses)
+    lengths = [len(row) for row in ids]
+    starts = [end - length for end, length in zip(accumulate(lengths), lengths, strict=True)]
+    rows = [
+        torch.arange(len(r)) + start + len(p.ids_S) - 1
+        for start, p, r in zip(starts, prompts, responses, strict=True)
+    ]
+    input_ids_BS = torch.cat(ids)[None]
+    return Inputs(
+        input_ids_BS,
+        torch.ones_like(input_ids_BS),
+        torch.cat(rows),
+        _aligned(prompts, (1, sum(lengths)), [(0, start) for start in starts]) | _joined(prompts),
+        lengths,
+    )
+
+
+def _pad_right(prompts: list[Prompt], responses: list[list[int]], pad_token_id: int) -> Inputs:
+    """Prompt + response per row, padded on the right."""
+    ids = _whole(prompts, responses)
     input_ids_BS = _pad(ids, pad_token_id, left=False)
     length = input_ids_BS.shape[1]
     # Position s predicts token s + 1: the first target is predicted by the prompt's last token.
@@ -233,34 +290,43 @@ def _pack(prompts: list[Prompt], responses: list[list[int]], pad_token_id: int) 
         input_ids_BS,
         _pad([torch.ones_like(row) for row in ids], 0, left=False),
         torch.cat(rows),
-        _media(prompts, length, left=False),
+        _aligned(prompts, tuple(input_ids_BS.shape), [(b, 0) for b in range(len(ids))])
+        | _joined(prompts),
     )
 
 
-def _pack_left(prompts: list[Prompt], pad_token_id: int) -> Inputs:
+def _pad_left(prompts: list[Prompt], pad_token_id: int) -> Inputs:
     input_ids_BS = _pad([p.ids_S for p in prompts], pad_token_id, left=True)
     return Inputs(
         input_ids_BS,
         _pad([torch.ones_like(p.ids_S) for p in prompts], 0, left=True),
         torch.empty(0, dtype=torch.int64),
-        _media(prompts, input_ids_BS.shape[1], left=True),
+        _aligned(
+            prompts,
+            tuple(input_ids_BS.shape),
+            [(b, input_ids_BS.shape[1] - len(p.ids_S)) for b, p in enumerate(prompts)],
+        )
+        | _joined(prompts),
     )
 
 
-def _media(prompts: list[Prompt], length: int, *, left: bool) -> dict[str, Tensor]:
-    """Per-token media with 0 over the response and the padding, the rest joined on dimension 0."""
+def _aligned(
+    prompts: list[Prompt], shape: tuple[int, ...], places: list[tuple[int, int]]
+) -> dict[str, Tensor]:
+    """Per-token media; 0 over the responses and the padding. `places`: where each prompt begins."""
     aligned = {
-        name: torch.zeros(len(prompts), length, dtype=x.dtype)
-        for p in prompts
-        for name, x in p.aligned_S.items()
+        name: torch.zeros(shape, dtype=x.dtype) for p in prompts for name, x in p.aligned_S.items()
     }
-    for b, prompt in enumerate(prompts):
-        start = length - len(prompt.ids_S) if left else 0
+    for prompt, (b, start) in zip(prompts, places, strict=True):
         for name, x_S in prompt.aligned_S.items():
             aligned[name][b, start : start + len(x_S)] = x_S
+    return aligned
+
+
+def _joined(prompts: list[Prompt]) -> dict[str, Tensor]:
+    """All other media, on dimension 0."""
     names = dict.fromkeys(name for p in prompts for name in p.media)
-    joined = {name: _join([p.media[name] for p in prompts if name in p.media]) for name in names}
-    return aligned | joined
+    return {name: _join([p.media[name] for p in prompts if name in p.media]) for name in names}
 
 
 def _join(media: list[Tensor]) -> Tensor:

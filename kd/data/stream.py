@@ -44,6 +44,7 @@ class BatchStream(Generic[T]):
         self.rows, self.collate, self.split = rows, collate, split
         self.seed, self.shuffle = seed, shuffle
         self.num_workers, self.pin_memory = num_workers, pin_memory
+        self._places = self._sampler(0)
         self.seek(0)
 
     def __iter__(self) -> BatchStream[T]:
@@ -68,19 +69,15 @@ class BatchStream(Generic[T]):
 
     def at(self, slots: list[int]) -> T:
         """What `collate` makes of these slots of the stream; the position stays as it is."""
-        sampler = TrainSampler(
-            len(self.rows), self.split, seed=self.seed, shuffle=self.shuffle, position=0
+        return self.collate([self.rows[self._places.row(slot)] for slot in slots])
+
+    def _sampler(self, position: int) -> TrainSampler:
+        return TrainSampler(
+            len(self.rows), self.split, seed=self.seed, shuffle=self.shuffle, position=position
         )
-        return self.collate([self.rows[sampler.row(slot)] for slot in slots])
 
     def _load(self) -> Iterator[T]:
-        sampler = TrainSampler(
-            len(self.rows),
-            self.split,
-            seed=self.seed,
-            shuffle=self.shuffle,
-            position=self.position,
-        )
+        sampler = self._sampler(self.position)
         return _load(self.rows, self.collate, sampler, self.num_workers, self.pin_memory)
 
 
@@ -159,9 +156,10 @@ def _pinned(batch: Batch) -> Batch:
 
 
 def _pinned_inputs(inputs: Inputs) -> Inputs:
-    return Inputs(
-        inputs.input_ids_BS.pin_memory(),
-        inputs.attention_mask_BS.pin_memory(),
-        inputs.target_rows_N.pin_memory(),
-        {name: x.pin_memory() for name, x in inputs.media.items()},
+    return dataclasses.replace(
+        inputs,
+        input_ids_BS=inputs.input_ids_BS.pin_memory(),
+        attention_mask_BS=inputs.attention_mask_BS.pin_memory(),
+        target_rows_N=inputs.target_rows_N.pin_memory(),
+        media={name: x.pin_memory() for name, x in inputs.media.items()},
     )

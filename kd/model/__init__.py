@@ -11,6 +11,7 @@ from kd.model.compare import (
 )
 from kd.model.export import export, gather
 from kd.model.lora import LoRAConfig
+from kd.model.packing import Reader, check_packing
 from kd.model.processor import ProcessorConfig, check_images
 from kd.model.spec import (
     ModelConfig,
@@ -31,10 +32,12 @@ __all__ = [
     "PretrainedModel",
     "PretrainedStudent",
     "ProcessorConfig",
+    "Reader",
     "ScratchModel",
     "Student",
     "TrainedModel",
     "check_images",
+    "check_packing",
     "cut",
     "export",
     "gather",

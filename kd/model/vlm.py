@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from kd.model.lora import Adapters, LoRAConfig
+from kd.model.packing import row_positions
 from kd.model.parts import find_part
 from kd.objective import KDOutput
 from kd.parallel import ParallelConfig, World, shard
@@ -54,7 +55,8 @@ class VLM(nn.Module):
 
     def _hidden(self, inputs: Inputs) -> Tensor:
         """The last hidden states [N, D] of the target rows; no logits are computed."""
-        outputs = self.model.base_model(**inputs.model_inputs(), use_cache=False)
+        positions = {"position_ids": row_positions(self.model, inputs)} if inputs.lengths else {}
+        outputs = self.model.base_model(**inputs.model_inputs(), **positions, use_cache=False)
         return outputs.last_hidden_state.flatten(0, 1)[inputs.target_rows_N]
 
     @torch.no_grad()
@@ -63,6 +65,10 @@ class VLM(nn.Module):
         hidden_ND = self._hidden(inputs)
         head = self.model.get_output_embeddings()
         return DenseTargets(hidden_ND, head.weight, head.bias)
+
+    def read(self, inputs: Inputs) -> Tensor:
+        """The last hidden states [N, D] of the target rows, without gradients."""
+        return self.targets(inputs).hidden_ND
 
     def stop_ids(self, eos_token_id: int) -> list[int]:
         """What ends a response: the tokenizer's EOS first, then what the model's settings add."""

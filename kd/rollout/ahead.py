@@ -21,19 +21,19 @@ class Ahead:
         self._state: dict[str, Any] | None = None
         self._metrics: dict[str, float] = {}
 
-    def take(self, n: int) -> list[Batch]:
-        """The next `n` micro-batches. Collective. Raises what reading them has raised."""
-        batches, error = self._next or self._read(n)
+    def take(self) -> list[Batch]:
+        """The micro-batches of the next step. Collective. Raises what reading them has raised."""
+        batches, error = self._next or self._read()
         # Also on a rank with an error: these are collectives.
         self._state, self._metrics = self.source.state_dict(), self.source.metrics()
-        self._next = self._read(n)
+        self._next = self._read()
         if error is not None:
             raise error
         return batches
 
-    def _read(self, n: int) -> tuple[list[Batch], UserError | None]:
+    def _read(self) -> tuple[list[Batch], UserError | None]:
         try:
-            batches = self.source.take(n)
+            batches = self.source.take()
         except UserError as error:
             return [], error
         self.teacher.expect(batches)

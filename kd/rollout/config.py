@@ -72,8 +72,8 @@ class DatasetRollout(RolloutConfig):
 
     def build(self, parts: Parts) -> DatasetSource | Ahead:
         """See the base class."""
-        stream = parts.stream(parts.collate, parts.micro_batch_size)
-        source = DatasetSource(stream, parts.on_broken_row, parts.world)
+        stream = parts.stream(parts.batching.prepare, parts.batching.rows_at_a_time)
+        source = DatasetSource(stream, parts.batching, parts.on_broken_row, parts.world)
         return source if parts.told_ahead is None else Ahead(source, parts.told_ahead)
 
 

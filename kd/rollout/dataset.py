@@ -5,25 +5,28 @@ from __future__ import annotations
 from typing import Any
 
 from kd.parallel import World
-from kd.rollout.parts import Stream
+from kd.rollout.parts import Batching, Stream
 from kd.rollout.rejections import Rejections
 from kd.types import Batch
 
 
 class DatasetSource:
-    """Hands on the batches of a stream, and sees to their rejected rows."""
+    """Has the rows of a stream batched, and sees to those rejected."""
 
-    def __init__(self, stream: Stream, on_broken_row: str, world: World):
-        self.stream, self.world = stream, world
+    def __init__(self, stream: Stream, batching: Batching, on_broken_row: str, world: World):
+        self.stream, self.batching, self.world = stream, batching, world
         self.rejections = Rejections(on_broken_row)
 
-    def take(self, n: int) -> list[Batch]:
-        """The next `n` micro-batches; one may have no row left.
+    def take(self) -> list[Batch]:
+        """The micro-batches of the next step; one may have no row left. Collective.
 
         Raises UserError at a broken row, unless such rows are dropped, and where as many rows in
         succession as an epoch has were all unusable.
         """
-        return [self._next() for _ in range(n)]
+        batches = self.batching.take(self.stream)
+        for batch in batches:
+            self.rejections.note_read(len(batch.rollouts), batch.rejected, self.stream.num_rows)
+        return batches
 
     def metrics(self) -> dict[str, float]:
         """The rows dropped so far, over all ranks. Collective."""
@@ -45,8 +48,3 @@ class DatasetSource:
 
     def close(self) -> None:
         """Nothing is held."""
-
-    def _next(self) -> Batch:
-        batch = next(self.stream)
-        self.rejections.note_read(len(batch.rollouts), batch.rejected, self.stream.num_rows)
-        return batch

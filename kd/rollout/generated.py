@@ -68,14 +68,13 @@ class GeneratedSource:
         """The window after it, under way or done."""
         self.ahead = ahead
 
-    def take(self, n: int) -> list[Batch]:
-        """The `n` = grad_accum micro-batches of the next optimizer step. Collective.
+    def take(self) -> list[Batch]:
+        """The micro-batches of the next optimizer step. Collective.
 
         Raises UserError on every rank at a broken row, unless such rows are dropped, and where
         an engine cannot go on.
         """
         partition = self.partition
-        assert n == partition.grad_accum
         started = time.perf_counter()
         if not self.pending:
             self.pending = self._window()
@@ -198,15 +197,13 @@ class GeneratedSource:
         return int(sequence.generate_state(1)[0]) >> 1
 
     def _collate(self, groups: list[Group]) -> list[Batch]:
-        n, size = self.partition.num_generations, self.partition.micro_batch_size
+        n = self.partition.num_generations
         # A rejected prompt leaves its places empty: what follows stays in its micro-batch.
         rows = [row for group in groups for row in [*group.rows, *[None] * (n - len(group.rows))]]
-        batches = []
-        for start in range(0, len(rows), size):
-            batch = self.parts.collate([r for r in rows[start : start + size] if r is not None])
+        batches = self.parts.batching.divide(rows)
+        for batch in batches:
             # A response can be longer in a teacher's tokens than the room that was left for it.
             self.rejections.note(batch.rejected)
-            batches.append(batch)
         return batches
 
     # ---- resuming --------------------------------------------------------------------------------

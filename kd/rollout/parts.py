@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from kd.parallel import World
 from kd.rollout.engine import Policy
-from kd.types import Batch, Rejected, Rollout, Sample, Teacher
+from kd.types import Batch, Rejected, Sample, Teacher
 
 
 class Stream(Protocol):
@@ -36,11 +36,7 @@ class Stream(Protocol):
 
 
 class Collate(Protocol):
-    """Makes batches, and prepares rows for generation."""
-
-    def __call__(self, rows: list[Sample | Rejected | Rollout]) -> Batch:
-        """A micro-batch."""
-        ...
+    """Prepares rows for generation."""
 
     def render(self, rows: list[Sample | Rejected]) -> list[Sample | Rejected]:
         """Rows whose prompts are rendered once and for all."""
@@ -53,6 +49,26 @@ class Collate(Protocol):
         ...
 
 
+class Batching(Protocol):
+    """Makes the micro-batches of a step."""
+
+    rows_at_a_time: int
+    """Rows that a rank reads at once, to be prepared together."""
+
+    @property
+    def prepare(self) -> Callable[[list[Any]], Any]:
+        """What is done with them where they are read."""
+        ...
+
+    def take(self, stream: Stream) -> list[Batch]:
+        """Those of the next rows of a stream of prepared ones. Collective."""
+        ...
+
+    def divide(self, rows: list[Any]) -> list[Batch]:
+        """Of the rows of a step on this rank; None leaves its place empty. Collective."""
+        ...
+
+
 @dataclass
 class Parts:
     """What a source is made of."""
@@ -60,6 +76,7 @@ class Parts:
     stream: Callable[[Callable[[list[Sample | Rejected]], Any], int], Stream]
     """(collation, rows that a rank reads at a time) -> the training rows."""
     collate: Collate
+    batching: Batching
     student: Policy
     teacher: Policy | None
     """None: there is no teacher that could respond."""

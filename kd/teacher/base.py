@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from kd.align import AlignedTargets, Groups, MatchedVocabulary
 from kd.model import ALIGNMENTS, FrozenVLM
 from kd.parallel import ParallelConfig, World
-from kd.types import Batch, DenseTargets, TeacherTargets, UserError
+from kd.types import Batch, DenseTargets, Inputs, TeacherTargets, UserError
 
 
 @dataclass
@@ -99,6 +99,10 @@ class BaseTeacher:
     def targets(self, batch: Batch) -> TeacherTargets | None:
         """See `Teacher`."""
         raise NotImplementedError
+
+    def read(self, inputs: Inputs) -> Tensor | None:
+        """Hidden states [N, D] of the target rows; None: it reads no inputs on these ranks."""
+        return None
 
     def stop_ids(self, eos_token_id: int) -> list[int]:
         """See `Teacher`."""

@@ -14,7 +14,7 @@ from kd.model import FrozenVLM, PretrainedModel
 from kd.parallel import ParallelConfig, World
 from kd.teacher.base import BaseTeacher, Head, TeacherConfig
 from kd.teacher.weights import weights_digest
-from kd.types import Batch, DenseTargets, UserError
+from kd.types import Batch, DenseTargets, Inputs, UserError
 
 
 @dataclass
@@ -82,6 +82,10 @@ class LocalTeacher(BaseTeacher):
         dense = self.vlm.targets(batch.teacher)
         return Head(dense.weight_VD, dense.bias_V).targets(dense.hidden_ND, batch, self.matched)
 
+    def read(self, inputs: Inputs) -> Tensor:
+        """See the base class."""
+        return self.vlm.read(inputs)
+
     def stop_ids(self, eos_token_id: int) -> list[int]:
         """See `Teacher`."""
         return self.vlm.stop_ids(eos_token_id)
@@ -119,6 +123,13 @@ class OffloadedTeacher(BaseTeacher):
             self.expect([batch])
         assert self.head is not None
         return self.head.targets(self._hidden.pop(id(batch.rollouts)), batch, self.matched)
+
+    def read(self, inputs: Inputs) -> Tensor:
+        """See the base class."""
+        _move(self.model, self.device)
+        hidden_ND = self.model.read(inputs)
+        _move(self.model, "cpu")
+        return hidden_ND
 
     def stop_ids(self, eos_token_id: int) -> list[int]:
         """See `Teacher`."""

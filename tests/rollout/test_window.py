@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed.device_mesh import init_device_mesh
 
+from kd.batching.batches import FixedBatches
 from kd.data import BatchStream, Split
 from kd.parallel import ParallelConfig, World
 from kd.rollout.engine import Sampling
@@ -118,7 +119,8 @@ def source(
 
     sizes = partition.micro_batch_size, partition.grad_accum
     nobody = None, None, None  # no student's policy, no teacher's, nobody who is told ahead
-    parts = Parts(stream, Collate(), *nobody, *sizes, 3, "drop", world)  # type: ignore[arg-type]
+    batching = FixedBatches(Collate(), *sizes)  # type: ignore[arg-type]
+    parts = Parts(stream, Collate(), batching, *nobody, *sizes, 3, "drop", world)  # type: ignore[arg-type]
     n = partition.num_generations
     generators = {
         "student": Generator(Spelling(), n, Sampling(), True),
@@ -156,7 +158,7 @@ def test_every_response_stays_with_its_prompt(partition, lmbda, off_policy, bad)
     seen: Counter[str] = Counter()
     num_rows = 0
     for _ in range(2 * partition.window_steps):
-        batches = src.take(partition.grad_accum)
+        batches = src.take()
         assert len(batches) == partition.grad_accum
         for batch in batches:
             assert len(batch.rollouts) <= partition.micro_batch_size
@@ -206,7 +208,7 @@ def source_after(partition, mix, bad, ahead) -> GeneratedSource:
 def take(src: GeneratedSource) -> list[list[tuple]]:
     return [
         [(r.sample.id, tuple(r.response_ids), r.policy, r.policy_step) for r in batch.rollouts]
-        for batch in src.take(src.partition.grad_accum)
+        for batch in src.take()
     ]
 
 

@@ -1,0 +1,10 @@
+"""How the rows of an optimizer step become micro-batches. See docs/scale.md, "Batches"."""
+
+from kd.batching.config import (
+    BatchingConfig,
+    FixedBatching,
+    PackedBatching,
+    TokenBudgetBatching,
+)
+
+__all__ = ["BatchingConfig", "FixedBatching", "PackedBatching", "TokenBudgetBatching"]
