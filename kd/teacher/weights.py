@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from transformers import AutoConfig
+from transformers.utils import cached_file
 
 from kd.model import PretrainedModel
 
@@ -23,10 +23,9 @@ def weights_digest(model: PretrainedModel) -> str | None:
     """
     if Path(model.name).is_dir():
         return folder_digest(Path(model.name))
-    config = AutoConfig.from_pretrained(
-        model.name, revision=model.revision, trust_remote_code=model.trust_remote_code
-    )
-    return f"{model.name}@{config._commit_hash}"
+    config = cached_file(model.name, "config.json", revision=model.revision)
+    assert config is not None
+    return f"{model.name}@{Path(config).parent.name}"  # …/snapshots/COMMIT/config.json
 
 
 def folder_digest(folder: Path) -> str | None:

@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from tokenizers.normalizers import Lowercase
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from kd.config import VlmKDConfig, register, to_object, validate
-from kd.doctor import Result, feature_token
+from kd.data import Rows
+from kd.doctor import Check, Doctor, Result, feature_token
 from kd.run import config_dir
-from kd.types import UserError
+from kd.types import Sample, UserError
 from recipes.vlm_kd import VlmKD
 from tests.model.families import FAMILIES, write
 
@@ -28,6 +30,9 @@ def teacher(train, kept) -> Path:
         options = ["student=digits_small", "optim.lr=0.01", "doctor=never"]
         (train("digits_teacher", "teacher", *options) / "export").rename(kept)
     return kept
+
+
+ASKED = [{"role": "user", "content": [{"type": "text", "text": "Which digit?"}]}]
 
 
 def blinded(teacher: Path, folder: Path) -> Path:
@@ -119,23 +124,47 @@ def test_a_model_that_is_not_the_same_twice(recipe, capsys):
         made.examine()
 
 
-def test_a_template_that_closes_a_turn_otherwise(recipe, teacher, tmp_path):
-    from kd.doctor import Doctor
-
-    processor = AutoProcessor.from_pretrained(teacher)
-    assert "<|im_end|>\n" in processor.chat_template
-    processor.chat_template = processor.chat_template.replace("<|im_end|>", "<|endoftext|>")
-    processor.save_pretrained(tmp_path / "other")
-    other = tmp_path / "other"
-    made = recipe(f"student.processor.name={other}", f"teacher.processor.name={other}")
+def checks_of(made: VlmKD, rows: Rows | None = None) -> dict[str, Check]:
     doctor = Doctor(
-        made.rows,
+        made.rows if rows is None else rows,
         made.collator,
         made.student,
         made.judge,
         teacher_sees_new_rows=True,
         world=made.world,
     )
-    (check,) = (check for check in doctor() if check.name == "end of a response")
+    return {check.name: check for check in doctor()}
+
+
+def test_answers_that_the_tokenizer_cannot_spell(recipe):
+    made = recipe()
+    made.processor.tokenizer.backend_tokenizer.normalizer = Lowercase()
+    rows = [Sample(str(i), [*ASKED], [], answer) for i, answer in enumerate(("two", "A Seven"))]
+    check = checks_of(made, rows)["labels"]
+    assert check.result is Result.warning
+    assert check.finding == "'A Seven' comes back from its tokens as 'a seven'"
+    assert checks_of(made, rows[:1])["labels"].result is Result.passed
+
+
+def test_prompts_without_a_place_for_their_images(recipe, teacher, tmp_path):
+    processor = AutoProcessor.from_pretrained(teacher)
+    assert "<|image_pad|>" in processor.chat_template
+    processor.chat_template = processor.chat_template.replace("<|image_pad|>", "")
+    processor.save_pretrained(tmp_path / "blind")
+    blind = tmp_path / "blind"
+    made = recipe(f"student.processor.name={blind}", f"teacher.processor.name={blind}")
+    (check,) = checks_of(made).values()
+    assert (check.name, check.result) == ("rows", Result.warning)
+    assert "the first rows are unusable" in check.finding and "<|image_pad|>" in check.finding
+
+
+def test_a_template_that_closes_a_turn_otherwise(recipe, teacher, tmp_path):
+    processor = AutoProcessor.from_pretrained(teacher)
+    assert "<|im_end|>\n" in processor.chat_template
+    processor.chat_template = processor.chat_template.replace("<|im_end|>", "<|endoftext|>")
+    processor.save_pretrained(tmp_path / "other")
+    other = tmp_path / "other"
+    made = recipe(f"student.processor.name={other}", f"teacher.processor.name={other}")
+    check = checks_of(made)["end of a response"]
     assert check.result is Result.warning
     assert "responses end with <|im_end|>, the chat template closes a turn with" in check.finding

@@ -24,9 +24,10 @@ from safetensors.torch import load_file, save_file
 
 from kd import cache as kd_cache
 from kd import run as kd_run
+from kd.model import PretrainedModel
 from kd.teacher import store
 from kd.teacher.store import segment_paths
-from kd.teacher.weights import folder_digest
+from kd.teacher.weights import folder_digest, weights_digest
 from tests.conftest import FAST, metrics
 
 LOSSES = ("train/loss", "train/ce", "train/kd", "train/grad_norm")
@@ -453,3 +454,23 @@ def test_the_digest_of_weights(tmp_path):
     (tmp_path / "copy" / "config.json").write_text(json.dumps({"model_type": "y"}))
     assert folder_digest(tmp_path / "copy") != whole
     assert folder_digest(tmp_path) is None
+
+
+def test_another_commit_of_a_hub_model_is_another_teacher(tmp_path, monkeypatch):
+    """A hub's model as its cache on disk has it: a revision is a name that may move."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    model, old, new = tmp_path / "models--org--teacher", "a" * 40, "b" * 40
+    for commit in (old, new):
+        (model / "snapshots" / commit).mkdir(parents=True)
+        (model / "snapshots" / commit / "config.json").write_text('{"model_type": "qwen3_5"}')
+    (model / "refs").mkdir()
+
+    def digest(commit_of_main: str, revision: str | None = None) -> str | None:
+        (model / "refs" / "main").write_text(commit_of_main)
+        return weights_digest(PretrainedModel(name="org/teacher", revision=revision))
+
+    assert digest(old) == f"org/teacher@{old}"
+    assert digest(new) == digest(old, revision=new) == f"org/teacher@{new}"
+    with pytest.raises(OSError, match="find them in the cached files"):
+        digest(old, revision="v3")
