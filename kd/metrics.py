@@ -67,7 +67,8 @@ class LossSum:
     def reduce(self, world: World, *extra: Tensor) -> list[float]:
         """[loss, ce, kd, *extra]: sums over all ranks, and the extra scalars; one host sync."""
         sums = world.sum(self.sums)
-        return torch.cat([sums, *(x.detach().double().reshape(1) for x in extra)]).tolist()
+        scalars = (x.detach().to(sums).reshape(1) for x in extra)  # one of the host, if offloaded
+        return torch.cat([sums, *scalars]).tolist()
 
 
 class Timer:

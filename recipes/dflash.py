@@ -77,7 +77,7 @@ class DFlash:
         draft.init_weights(cfg.draft.seed)
         target = Target(model, draft.target_layer_ids, cfg.draft.embed_key, cfg.draft.lm_head_key)
         target.distribute(world, cfg.parallel, cpu_offload=cfg.target.cpu_offload)
-        draft.distribute(world, cfg.parallel)
+        draft.distribute(world, cfg.parallel, cpu_offload=cfg.parallel.cpu_offload)
         return target, draft
 
     def build_policy(self, renderer: Renderer) -> Policy:
@@ -214,7 +214,7 @@ class DFlash:
             grad_norm = clip_gradients(self.draft, cfg.train.max_grad_norm)
             # The step's one host sync.
             loss, accepted, *correct, norm = torch.cat(
-                [world.sum(sums), grad_norm.detach().double().reshape(1)]
+                [world.sum(sums), grad_norm.detach().to(sums).reshape(1)]
             ).tolist()
             if not math.isfinite(loss + norm):
                 self.refuse_non_finite(batches, loss, norm)

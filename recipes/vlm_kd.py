@@ -59,7 +59,7 @@ class VlmKD:
         self.student.adapt(cfg.student.lora, cfg.run.seed)
         if cfg.parallel.activation_checkpointing:
             self.student.checkpoint_activations()
-        self.student.distribute(world, cfg.parallel)
+        self.student.distribute(world, cfg.parallel, cpu_offload=cfg.parallel.cpu_offload)
         student_vocab = model.get_output_embeddings().out_features
         self.teacher = cfg.asked_teacher.build_teacher(
             self.teacher_processor, world, cfg.parallel, student_vocab

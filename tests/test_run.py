@@ -59,3 +59,26 @@ def test_bf16_compute_with_a_teacher_kept_on_the_host(train):
     losses = metrics(rounded, "train/loss")
     assert losses == pytest.approx(metrics(exact, "train/loss"), rel=0.03)
     assert losses != metrics(exact, "train/loss")
+
+
+def test_what_is_trained_in_host_memory(train):
+    """The same numbers; FSDP2 keeps and moves the shards its own way."""
+    on_device = train("digits_teacher", "device", "student=digits_small")
+    on_host = train("digits_teacher", "host", "student=digits_small", "parallel.cpu_offload=true")
+    for key in ("train/loss", "train/grad_norm"):
+        assert metrics(on_host, key) == pytest.approx(metrics(on_device, key), rel=1e-6)
+
+
+def test_compiled_blocks(train):
+    options = ["student=digits_qwen3_vl", "train.max_steps=1"]
+    plain = train("digits_teacher", "plain", *options)
+    compiled = train("digits_teacher", "compiled", *options, "parallel.compile=true")
+    for key in ("train/loss", "train/grad_norm"):
+        assert metrics(compiled, key) == pytest.approx(metrics(plain, key), rel=1e-4)
+        assert metrics(compiled, key) != metrics(plain, key), "nothing was compiled"
+
+
+def test_other_parallelism_is_refused(train, capsys):
+    with pytest.raises(SystemExit):
+        train("digits_teacher", "tensor", "parallel.tp_size=2")
+    assert "no tensor or pipeline parallelism" in capsys.readouterr().err

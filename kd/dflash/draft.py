@@ -24,7 +24,7 @@ from transformers.models.qwen3.modeling_qwen3 import (
     apply_rotary_pos_emb,
 )
 
-from kd.parallel import DTYPES, ParallelConfig, World
+from kd.parallel import DTYPES, ParallelConfig, World, offload_policy
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Queries [B, H, Q, E], keys and values [B, G, S + Q, E] -> [B, H, Q, E]; it holds the mask."""
@@ -138,7 +138,9 @@ class Draft(nn.Module):
                 else:
                     parameter.fill_(1.0)
 
-    def distribute(self, world: World, config: ParallelConfig) -> None:
+    def distribute(
+        self, world: World, config: ParallelConfig, *, cpu_offload: bool = False
+    ) -> None:
         """Move to the device and shard. Every rank holds the same weights before."""
         policy = MixedPrecisionPolicy(
             param_dtype=DTYPES[config.compute_dtype],
@@ -146,8 +148,9 @@ class Draft(nn.Module):
             cast_forward_inputs=False,
         )
         self.to(world.device)
+        offload = offload_policy(world, cpu_offload)
         for module in [*self.layers, self]:
-            fully_shard(module, mesh=world.mesh, mp_policy=policy)
+            fully_shard(module, mesh=world.mesh, mp_policy=policy, offload_policy=offload)
 
     def forward(
         self,

@@ -7,6 +7,9 @@ from the start of the forward to the end of the backward, so the loss can read i
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import (
@@ -53,9 +56,11 @@ def shard(
         # Blocks are handed fp32 rotary tables on purpose.
         cast_forward_inputs=False,
     )
-    pin_memory = world.device.type == "cuda"
-    offload = CPUOffloadPolicy(pin_memory) if cpu_offload else OffloadPolicy()
+    offload = offload_policy(world, cpu_offload)
     groups = blocks(model)
+    if config.compile:
+        for block in blocks(model.get_decoder()):
+            _compile(block)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if embedding.weight is not head.weight:
         groups.append(embedding)
@@ -65,3 +70,20 @@ def shard(
     if world.size > 1:
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
         set_model_state_dict(root, full, options=options)
+
+
+def offload_policy(world: World, cpu_offload: bool) -> OffloadPolicy:
+    """Of FSDP2: shards in host memory, or on the device."""
+    return CPUOffloadPolicy(world.device.type == "cuda") if cpu_offload else OffloadPolicy()
+
+
+def _compile(block: nn.Module) -> None:
+    """Its forward alone: FSDP2's hooks around it stay as they are."""
+    plain, compiled = block.forward, torch.compile(block.forward)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        # Decoding would compile for every length, and caches are changed in place.
+        has_cache = kwargs.get("past_key_values") is not None
+        return (plain if has_cache else compiled)(*args, **kwargs)
+
+    block.forward = forward

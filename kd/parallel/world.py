@@ -34,12 +34,19 @@ class ParallelConfig:
     reduce_dtype: str = "float32"
     """Gradients are reduced and accumulated in it."""
     activation_checkpointing: bool = False
+    cpu_offload: bool = False
+    """What is trained, its gradients and AdamW's moments in host memory, where AdamW steps."""
+    compile: bool = False
+    """torch.compile for each block of the language models, where there is no cache to fill."""
     sync_every_micro_batch: bool = False
     """True: reduce-scatter after each micro-batch, which keeps only sharded gradients in memory;
     False: once per optimizer step, which saves traffic and keeps unsharded gradients."""
     cpu_threads: int = 0
     """Threads of each rank on a CPU; 0: the machine's cores divided among the local ranks."""
     timeout_s: int = 1800
+    tp_size: int = 1
+    pp_size: int = 1
+    """Only there to be refused."""
 
     def validate(self) -> None:
         """Refuse values out of range."""
@@ -50,6 +57,12 @@ class ParallelConfig:
                 raise UserError(
                     f"parallel.{name}={getattr(self, name)}: use one of {', '.join(DTYPES)}"
                 )
+        if self.tp_size != 1 or self.pp_size != 1:
+            raise UserError(
+                f"parallel.tp_size={self.tp_size}, parallel.pp_size={self.pp_size}: there is no "
+                "tensor or pipeline parallelism; all ranks shard with FSDP2 (parallel.nproc), in "
+                "copies of their own with parallel.dp_replicate"
+            )
         if self.nproc < 1:
             raise UserError(f"parallel.nproc={self.nproc}: at least one rank is needed")
         if self.cpu_threads < 0 or self.timeout_s < 1:
