@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import functools
 import json
 
 import pytest
+import torch
+from torch._dynamo.backends.debugging import aot_eager
 
 from tests.conftest import metrics
 
@@ -69,13 +72,21 @@ def test_what_is_trained_in_host_memory(train):
         assert metrics(on_host, key) == pytest.approx(metrics(on_device, key), rel=1e-6)
 
 
-def test_compiled_blocks(train):
-    options = ["student=digits_qwen3_vl", "train.max_steps=1"]
+def test_compiled_blocks(train, monkeypatch):
+    """Traced and differentiated as ever; kernels are not generated, which takes half a minute."""
+    options = ["student=digits_qwen3_vl", "train.max_steps=1", "optim.warmup_steps=0"]
     plain = train("digits_teacher", "plain", *options)
+    traced = []
+
+    def backend(graph, inputs):
+        traced.append(graph)
+        return aot_eager(graph, inputs)
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
     compiled = train("digits_teacher", "compiled", *options, "parallel.compile=true")
+    assert traced
     for key in ("train/loss", "train/grad_norm"):
-        assert metrics(compiled, key) == pytest.approx(metrics(plain, key), rel=1e-4)
-        assert metrics(compiled, key) != metrics(plain, key), "nothing was compiled"
+        assert metrics(compiled, key) == pytest.approx(metrics(plain, key), rel=1e-5)
 
 
 def test_other_parallelism_is_refused(train, capsys):
