@@ -105,7 +105,8 @@ class VllmTeacherEngine:
         found = await self._log_probs(http, url, rendered)
         rows = found[len(response.prompt_ids) :]
         try:
-            return self._payload(rows, response.response_ids)
+            k, vocab = self.config.k, self.session.vocab
+            return read_log_probs(rows, response.response_ids, k=k, vocab=vocab)
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise Fault(f"{url} sends no log-probs: {error!r}", answered=True) from None
 
@@ -121,20 +122,32 @@ class VllmTeacherEngine:
             raise Fault(f"{url} sends no log-probs of the prompt", answered=True)
         return found
 
-    def _payload(self, rows: list[dict[str, Any]], response_ids: list[int]) -> TopK:
-        """Of the server's rows `{token id: {"logprob": …, "rank": …}}`, one per response token."""
-        ids, logp, own, tails = [], [], [], []
-        for row, token in zip(rows, response_ids, strict=True):
-            values = {int(i): float(entry["logprob"]) for i, entry in row.items()}
-            if len(values) < self.config.k:
-                raise ValueError(f"{len(values)} log-probs instead of {self.config.k}")
-            # Entries that pad a larger head than the student's count with the tail.
-            values = {i: x for i, x in values.items() if i < self.session.vocab}
-            best = sorted(values, key=lambda i: -values[i])[: self.config.k]
-            missing = self.config.k - len(best)
-            ids.append([*best, *[token] * missing])
-            logp.append([*(values[i] for i in best), *[ABSENT] * missing])
-            own.append(values[token])
-            mass = math.fsum(math.exp(x) for x in values.values())
-            tails.append(math.log(max(1 - mass, SMALLEST_TAIL)))
-        return TopK(torch.tensor(ids), torch.tensor(logp), torch.tensor(own), torch.tensor(tails))
+
+def read_log_probs(
+    rows: list[dict[str, Any]], response_ids: list[int], *, k: int, vocab: int
+) -> TopK:
+    """Of the server's rows `{token id: {"logprob": …, "rank": …}}`, one per response token.
+
+    Raises KeyError, TypeError or ValueError where they are something else.
+    """
+    ids, logp, own, tails = [], [], [], []
+    for row, token in zip(rows, response_ids, strict=True):
+        values = {int(i): float(entry["logprob"]) for i, entry in row.items()}
+        if len(values) < k:
+            raise ValueError(f"{len(values)} log-probs instead of {k}")
+        # Entries that pad a larger head than the student's count with the tail.
+        values = {i: x for i, x in values.items() if i < vocab}
+        best = sorted(values, key=lambda i: -values[i])[:k]
+        missing = k - len(best)
+        ids.append([*best, *[token] * missing])
+        logp.append([*(values[i] for i in best), *[ABSENT] * missing])
+        own.append(values[token])
+        tails.append(_tail(values, vocab))
+    return TopK(torch.tensor(ids), torch.tensor(logp), torch.tensor(own), torch.tensor(tails))
+
+
+def _tail(values: dict[int, float], vocab: int) -> float:
+    if len(values) == vocab:  # none is left: the student's tail is empty, too
+        return ABSENT
+    mass = math.fsum(math.exp(x) for x in values.values())
+    return math.log(max(1 - mass, SMALLEST_TAIL))

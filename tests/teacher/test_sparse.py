@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,6 +12,7 @@ from kd.loss import ForwardKLConfig, JSDConfig, ReverseKLConfig
 from kd.loss.config import LossConfig
 from kd.teacher.payload import ABSENT, Hidden, TopK, join, split, tensors, top_k
 from kd.teacher.sparse import SparseTargets
+from kd.teacher.vllm import read_log_probs
 from kd.types import DenseTargets, TeacherTargets, UserError
 
 N, D, V = 37, 8, 50
@@ -73,6 +76,28 @@ def test_all_but_one_token_is_the_whole_distribution(loss, temperature):
     few = loss_and_gradients(loss, sparse(teacher, ids_N, V - 1, temperature))
     for ours, expected in zip(few, dense, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: type(loss).__name__)
+@pytest.mark.parametrize("rank", [0, V - 1])
+def test_a_vllm_server_s_log_probs_of_all_but_one_token(loss, rank):
+    """With the response's own token they may be all there are, and nothing is left as a tail."""
+    *_, peaked, _ = numbers()
+    assert peaked.bias_V is not None
+    # Flat enough for tails above SMALLEST_TAIL.
+    teacher = DenseTargets(peaked.hidden_ND / 3, peaked.weight_VD, peaked.bias_V / 3)
+    logits_NV = teacher.hidden_ND @ teacher.weight_VD.T + teacher.bias_V
+    logp_NV, order_NV = logits_NV.log_softmax(-1), logits_NV.argsort(-1, descending=True)
+    own_N = order_NV[:, rank]
+    rows = [
+        {str(i): {"logprob": logp_V[i].item()} for i in {*order_V[: V - 1].tolist(), own}}
+        for logp_V, order_V, own in zip(logp_NV, order_NV, own_N.tolist(), strict=True)
+    ]
+    top = read_log_probs(rows, own_N.tolist(), k=V - 1, vocab=V)
+    loss = replace(loss, temperature=1.0)
+    found = loss_and_gradients(loss, SparseTargets(top, own_N, V, 1.0))
+    for ours, dense in zip(found, loss_and_gradients(loss, teacher), strict=True):
+        torch.testing.assert_close(ours, dense, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: type(loss).__name__)
