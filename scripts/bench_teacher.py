@@ -233,9 +233,10 @@ def serve_case(args: argparse.Namespace) -> None:
             seconds = statistics.median(times)
             pairs = zip(rounds["local"], times, strict=True)
             share = statistics.median(local_s / own_s for local_s, own_s in pairs)
-            speeds = f"{tokens / seconds:,.0f}", f"{responses / seconds:.1f}"
-            lines.append([name, *speeds, f"{share:.2f}"])
-        table(["", "tokens/s", "rows/s", "of local"], lines)
+            per_s = f"{len(batches) / seconds:.2f}", f"{responses / seconds:.1f}"
+            lines.append([name, *per_s, f"{tokens / seconds:,.0f}", f"{share:.2f}"])
+        rows = f"requests/s (of {args.batch_size} rows)"
+        table(["", rows, "rows/s", "tokens/s", "of local"], lines)
 
 
 @functools.cache
