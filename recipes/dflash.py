@@ -37,6 +37,7 @@ from kd.plan_dflash import print_plan
 from kd.rollout import Parts, Policy
 from kd.rundir import RunDir
 from kd.states_dflash import build_states
+from kd.stop import Stopped, stop_request
 from kd.types import AgreedError, Batch, Source, UserError
 from kd.validation_dflash import DraftEvaluator
 
@@ -151,7 +152,7 @@ class DFlash:
         logger = cfg.logger.build(cfg.run.path, self.world.rank)
         logger.start(dataclasses.asdict(cfg), cfg.train.max_steps, self.step)
         run_dir.write_status("running", self.step)
-        failed = True
+        outcome = "failed"
         try:
             while self.step < cfg.train.max_steps:
                 metrics = self.train_step()
@@ -166,16 +167,21 @@ class DFlash:
                     logger.log(self.step, metrics)
                     logger.samples(self.step, records)
                     improved = self.checkpoints.record_best(self.step, metrics)
+                stop = not last and self.world.any(stop_request.asked)
                 save_every = cfg.train.save_every
-                if last or improved or (save_every and self.step % save_every == 0):
+                if last or improved or stop or (save_every and self.step % save_every == 0):
                     self.save()
+                if stop:
+                    self.checkpoints.finish()
+                    outcome = "stopped"
+                    raise Stopped
             self.checkpoints.finish()
             self.export()
-            failed = False
+            outcome = "finished"
         finally:
             self.source.close()
-            logger.close(failed=failed)
-            run_dir.write_status("failed" if failed else "finished", self.step)
+            logger.close(failed=outcome == "failed")
+            run_dir.write_status(outcome, self.step)
             if self.world.is_main:
                 write_report(run_dir.path)
 
@@ -314,8 +320,9 @@ def main(cfg: DFlashConfig, overrides: list[str]) -> None:
         run_dir = RunDir(cfg.run.path, world)
         run_dir.open(dataclasses.asdict(cfg), overrides, cfg.run.resume)
         DFlash(cfg, world).train(run_dir)
-    except BaseException:
-        if world.size == 1:  # with more, closing may wait for ranks that never come
+    except BaseException as error:
+        # With more ranks, closing may wait for some that never come.
+        if world.size == 1 or isinstance(error, Stopped):
             world.close()
         raise
     world.close()
