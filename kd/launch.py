@@ -39,6 +39,14 @@ def config_dir() -> str:
     return str(inside if inside.is_dir() else Path(__file__).parents[1] / "configs")
 
 
+# Options of Hydra's own groups that come with an extra of this package.
+EXTRAS = {"hydra/launcher/submitit_": "slurm", "hydra/sweeper/optuna": "sweep"}
+
+
+class PointFailed(Exception):
+    """A point of a sweep has failed, and has said why; its text is the name of the point."""
+
+
 class RanksFailed(Exception):
     """A rank that was started here ended with `exit_code`."""
 
@@ -89,11 +97,21 @@ def is_override(arg: str) -> bool:
     return "=" in arg and not arg.startswith("-")
 
 
+def quoted(value: str) -> str:
+    """As the value of an override, whatever it holds."""
+    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
+
+
 def plain_words(error: Exception) -> str:
     """At most two lines; Hydra's own, made plainer."""
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
     if not lines:
         return type(error).__name__
+    for option, extra in EXTRAS.items():
+        if f"Could not find '{option}" in lines[0]:
+            group, _, name = lines[0].split("'")[-2].rpartition("/")
+            return f'{group}={name} is not installed: pip install "kd-vlm[{extra}]"'
     if lines[0].startswith("Could not override"):
         key = lines[0].split("'")[1]
         if "reference_type=Dict" in str(error.__cause__):  # whose keys are free

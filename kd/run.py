@@ -8,9 +8,11 @@ lines and exit code 2.
 from __future__ import annotations
 
 import errno
+import math
 import os
 import sys
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -21,11 +23,13 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from kd.checkpoint import CheckpointConfig
 from kd.config import VlmKDConfig, register, typed_object, validate
 from kd.config_dflash import DFlashConfig, register_dflash, validate_dflash
 from kd.launch import (
     HYDRA_SETTINGS,
     USER_ERRORS,
+    PointFailed,
     RanksFailed,
     before_overrides,
     complain,
@@ -33,8 +37,10 @@ from kd.launch import (
     is_override,
     launch_ranks,
     lost_rank,
+    quoted,
     set_up_messages,
 )
+from kd.logger.read import read_metrics
 from kd.stop import stop_request
 from kd.types import UserError
 from recipes import dflash, vlm_kd
@@ -56,22 +62,22 @@ SWEEP_TABLE = (
 )
 
 
-def run(config: DictConfig) -> None:
-    """One job: a single run, or one point of a sweep; a failed point does not end the sweep."""
+def run(config: DictConfig) -> float | None:
+    """One job: a single run, or one point of a sweep, in this process or in that of a launcher.
+
+    Returns what a sweeper that searches goes by.
+    """
+    set_up_messages()
     hydra_config = HydraConfig.get()
     try:
-        run_job(config, hydra_config)
+        return run_job(config, hydra_config)
     except USER_ERRORS as error:
         if config.get("traceback"):
             raise
         complain(error)
-        if hydra_config.mode != RunMode.MULTIRUN:
-            raise SystemExit(2) from None
-        failed_points.append(hydra_config.job.override_dirname)
+        end_job(hydra_config, 2)
     except RanksFailed as failure:  # they have said why
-        if hydra_config.mode != RunMode.MULTIRUN:
-            raise SystemExit(failure.exit_code) from None
-        failed_points.append(hydra_config.job.override_dirname)
+        end_job(hydra_config, failure.exit_code)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise
@@ -84,19 +90,49 @@ def run(config: DictConfig) -> None:
         raise SystemExit(1) from None
 
 
-def run_job(config: DictConfig, hydra_config: DictConfig) -> None:
+def end_job(hydra_config: DictConfig, exit_code: int) -> NoReturn:
+    """After what went wrong has been said; the other points of a sweep go on."""
+    if hydra_config.mode != RunMode.MULTIRUN:
+        raise SystemExit(exit_code) from None
+    point = hydra_config.job.override_dirname
+    failed_points.append(point)
+    raise PointFailed(point) from None
+
+
+def run_job(config: DictConfig, hydra_config: DictConfig) -> float | None:
     """Check the config and launch."""
     overrides = list(hydra_config.overrides.task)
     if hydra_config.mode == RunMode.MULTIRUN:
         name_sweep_point(config, hydra_config.job.override_dirname)
     typed = checked(config)
     _, recipe = RECIPES[type(typed)]
+    if searches(hydra_config) and typed.checkpoint.best_metric is None:
+        raise UserError(
+            "this sweeper searches by checkpoint.best_metric: name one, e.g. "
+            "checkpoint.best_metric=val/loss"
+        )
     if typed.parallel.nproc > 1 and "RANK" not in os.environ and not typed.dry_run:
-        named = [*overrides, f"run.name={typed.run.name}"]
+        named = [*overrides, f"run.name={quoted(typed.run.name)}"]
         launch_ranks("kd.run", typed.parallel.nproc, hydra_config, named)
     else:
         stop_request.listen()
         recipe(typed, overrides)
+    return best_value(typed.checkpoint, typed.run.path)
+
+
+def searches(hydra_config: DictConfig) -> bool:
+    """Whether the points of a sweep depend on how earlier ones came out."""
+    is_sweep = hydra_config.mode == RunMode.MULTIRUN
+    return is_sweep and hydra_config.runtime.choices["hydra/sweeper"] != "basic"
+
+
+def best_value(config: CheckpointConfig, run_dir: Path) -> float | None:
+    """The best value of `best_metric` that the run has logged; None: there is none."""
+    points = read_metrics(run_dir).get(config.best_metric or "", [])
+    values = [value for _, value in points if math.isfinite(value)]
+    if not values:
+        return None
+    return min(values) if config.best_mode == "min" else max(values)
 
 
 def checked(config: DictConfig) -> Any:
@@ -141,6 +177,14 @@ def main() -> None:
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    except PointFailed as failure:
+        if not failed_points:  # it was in another process
+            failed_points.append(str(failure))
+    except Exception as error:
+        if not type(error).__module__.startswith("submitit."):
+            raise
+        complain(UserError(f"a job of the sweep has ended without a result\n{error}"))
+        raise SystemExit(1) from None
     if failed_points:
         complain(UserError(f"points of the sweep that failed: {', '.join(failed_points)}"))
         raise SystemExit(2)

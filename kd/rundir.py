@@ -96,6 +96,7 @@ class RunDir:
         self.world = world
         self._started = time.monotonic()
         self._wall_before_s = 0.0
+        self._device_before_s = 0.0
 
     @property
     def checkpoints(self) -> Path:
@@ -135,7 +136,9 @@ class RunDir:
                     f"{self.path} holds a run of another config: {'; '.join(differing)}\n"
                     "Choose another run.name, or remove the folder"
                 )
-            self._wall_before_s = self.read_status().get("wall_s", 0.0)
+            status = self.read_status()
+            self._wall_before_s = status.get("wall_s", 0.0)
+            self._device_before_s = status.get("device_s", 0.0)
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         write_atomic(saved, text)
         write_atomic(self.path / "overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(overrides)))
@@ -152,8 +155,14 @@ class RunDir:
     def write_status(self, status: str, step: int) -> None:
         """Say how far the run is: running, finished, stopped or failed."""
         if self.world.is_main:
-            wall_s = self._wall_before_s + time.monotonic() - self._started
-            content = {"status": status, "step": step, "wall_s": round(wall_s, 1)}
+            here_s = time.monotonic() - self._started
+            content = {
+                "status": status,
+                "step": step,
+                "wall_s": round(self._wall_before_s + here_s, 1),
+                "device": self.world.device.type,
+                "device_s": round(self._device_before_s + here_s * self.world.size, 1),
+            }
             write_atomic(self.path / "status.json", json.dumps(content))
 
 

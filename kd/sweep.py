@@ -21,7 +21,7 @@ from rich.table import Table
 
 from kd.logger.charts import plot_runs
 from kd.logger.read import Points, Status, read_metrics, read_status, summarize
-from kd.logger.text import format_duration
+from kd.logger.text import format_duration, format_number
 from kd.types import UserError
 
 METRICS = ("val/accuracy", "val/loss", "train/loss")
@@ -71,22 +71,46 @@ def differing(runs: list[Run]) -> list[str]:
 def summary_table(runs: list[Run], ended: bool) -> Table:
     """One row per run; `ended`: a run that calls itself running was killed."""
     keys = differing(runs)
-    table = Table("run", *map(escape, keys), "status", "step", "wall time", *METRICS)
+    columns = ("status", "step", "tokens", "wall time", "cost", *METRICS)
+    table = Table("run", *map(escape, keys), *columns)
     for run in runs:
         values = [escape(run.overrides.get(key, "-")) for key in keys]
         metrics = [metric_cell(name, run.series.get(name, [])) for name in METRICS]
-        table.add_row(escape(run.name), *values, *status_cells(run.status, ended), *metrics)
+        table.add_row(escape(run.name), *values, *status_cells(run, ended), *metrics)
     return table
 
 
-def status_cells(status: Status | None, ended: bool) -> tuple[str, str, str]:
-    """Status, step and wall time; a run that left no word has failed."""
+def status_cells(run: Run, ended: bool) -> list[str]:
+    """Status, step, tokens, wall time and cost; a run that left no word has failed."""
+    status = run.status
     if status is None:
-        return "[red]failed[/]", "-", "-"
-    word = "failed" if ended and status.status != "finished" else status.status
+        return ["[red]failed[/]", *["-"] * 4]
+    word = "failed" if ended and status.status == "running" else status.status
     colour = {"finished": "green", "failed": "red"}.get(word, "yellow")
-    wall_time = format_duration(status.wall_s)
-    return f"[{colour}]{escape(word)}[/]", str(status.step), wall_time
+    return [
+        f"[{colour}]{escape(word)}[/]",
+        str(status.step),
+        tokens_cell(run.series, status.step),
+        format_duration(status.wall_s),
+        cost_cell(status),
+    ]
+
+
+def tokens_cell(series: dict[str, Points], steps: int) -> str:
+    """Tokens read in all, by the mean of the logged steps."""
+    rates, times = series.get("train/tokens_per_s", []), series.get("train/step_s", [])
+    logged = [rate * s for (_, rate), (_, s) in zip(rates, times, strict=True)]
+    return format_number(sum(logged) / len(logged) * steps) if logged else "-"
+
+
+def cost_cell(status: Status) -> str:
+    """Hours or seconds of all ranks together."""
+    if status.device_s is None:
+        return "-"
+    device = "GPU" if status.device == "cuda" else "CPU"
+    if status.device_s < 360:
+        return f"{status.device_s:.0f} {device} s"
+    return f"{status.device_s / 3600:.1f} {device} h"
 
 
 def metric_cell(name: str, points: Points) -> str:
@@ -105,7 +129,8 @@ def print_summary(sweep_dir: Path, ended: bool = False, plot_path: Path | None =
     console = Console(width=None if terminal else 240, force_terminal=terminal)
     console.print(summary_table(runs, ended))
     if plot_path is not None:
-        plot_runs({run.name: run.series for run in runs}, METRICS, plot_path)
+        measured = [name for name in METRICS if any(name in run.series for run in runs)]
+        plot_runs({run.name: run.series for run in runs}, measured or METRICS, plot_path)
 
 
 class SweepSummary(Callback):

@@ -56,10 +56,12 @@ def make_run(
     logger.start({}, len(losses), 0)
     for step, loss in enumerate(losses, 1):
         logger.log(step, {"train/loss": loss, "val/accuracy": 1 - loss})
+        logger.log(step, {"train/tokens_per_s": 2e6 / step, "train/step_s": 0.5 * step})
     (path / "config.yaml").write_text("run: {}\n")
     (path / "overrides.yaml").write_text("".join(f"- {line}\n" for line in overrides))
     if status is not None:
         content = {"status": status, "step": len(losses), "wall_s": 61.2}
+        content |= {"device": "cuda", "device_s": 8 * 450.0}
         (path / "status.json").write_text(json.dumps(content))
 
 
@@ -77,11 +79,11 @@ def test_table_compares_overrides_and_metrics(tmp_path):
     make_run(tmp_path / "deep" / "b", ["kd_ratio=1.0", "loss=jsd", "run.name=b"], [0.5])
     table = rows(tmp_path)
     assert table["run"] == [
-        *("kd_ratio", "status", "step", "wall time"),
+        *("kd_ratio", "status", "step", "tokens", "wall time", "cost"),
         *("val/accuracy", "val/loss", "train/loss"),
     ]
     assert table["a"] == [
-        *("0.5", "finished", "3", "0:01:01"),
+        *("0.5", "finished", "3", "3,000,000", "0:01:01", "1.0 GPU h"),
         *("0.5000 (best 0.7500 at 2)", "-", "0.5000 (best 0.2500 at 2)"),
     ]
     assert table["deep/b"][0] == "1.0"
@@ -90,13 +92,15 @@ def test_table_compares_overrides_and_metrics(tmp_path):
 def test_run_that_never_finished_has_failed(tmp_path):
     make_run(tmp_path / "killed", [], [0.5], status="running")
     make_run(tmp_path / "failed", [], [0.5], status="failed")
+    make_run(tmp_path / "asked", [], [0.5], status="stopped")
     make_run(tmp_path / "early", [], [], status=None)
-    assert [rows(tmp_path)[name][0] for name in ("killed", "failed", "early")] == [
-        *("running", "failed", "failed"),
+    names = ("killed", "failed", "early", "asked")
+    assert [rows(tmp_path)[name][0] for name in names] == [
+        *("running", "failed", "failed", "stopped"),
     ]
     table = rows(tmp_path, ended=True)
-    assert [table[name][0] for name in ("killed", "failed", "early")] == ["failed"] * 3
-    assert table["early"] == ["failed", *["-"] * 5]
+    assert [table[name][0] for name in names] == [*["failed"] * 3, "stopped"]
+    assert table["early"] == ["failed", *["-"] * 7]
 
 
 def test_run_without_overrides_makes_no_difference(tmp_path):

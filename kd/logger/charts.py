@@ -115,7 +115,8 @@ def plot_runs(runs: dict[str, dict[str, Points]], metrics: Sequence[str], path: 
     """Curves of all runs over each other, one panel per metric; PNG, SVG or PDF by the name."""
     with matplotlib.rc_context({"text.parse_math": False}):
         figure = Figure(figsize=(6 * len(metrics), 4.5), layout="constrained")
-        for axes, name in zip(figure.subplots(1, len(metrics)), metrics, strict=True):
+        panels = figure.subplots(1, len(metrics), squeeze=False)[0]
+        for axes, name in zip(panels, metrics, strict=True):
             axes.set(title=name, xlabel="step")
             for run, series in runs.items():  # an empty line too: a run has one colour everywhere
                 points = series.get(name, [])

@@ -26,6 +26,10 @@ class Status:
     """running, finished, stopped or failed."""
     step: int
     wall_s: float
+    device: str = "cpu"
+    """What a rank computes on: cpu or cuda."""
+    device_s: float | None = None
+    """Seconds of all ranks together; None: not known."""
 
 
 @dataclass
@@ -83,7 +87,14 @@ def read_status(run_dir: Path) -> Status | None:
         return None
     try:
         content = json.loads(path.read_bytes())
-        return Status(str(content["status"]), int(content["step"]), float(content["wall_s"]))
+        device_s = content.get("device_s")
+        return Status(
+            str(content["status"]),
+            int(content["step"]),
+            float(content["wall_s"]),
+            str(content.get("device", "cpu")),
+            None if device_s is None else float(device_s),
+        )
     except (ValueError, KeyError, TypeError) as error:
         log.warning("%s is broken (%r) and is left out", path, error)
         return None
