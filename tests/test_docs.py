@@ -51,7 +51,9 @@ def points(overrides: list[str]) -> list[tuple[str, ...]]:
     """The single runs that the overrides of a command stand for."""
     parsed = OverridesParser.create().parse_overrides(overrides)
     values = [
-        [f"{o.get_key_element()}={v}" for v in o.sweep_string_iterator()]
+        [f"{o.get_key_element()}={o.value().start}"]
+        if o.is_interval_sweep()
+        else [f"{o.get_key_element()}={v}" for v in o.sweep_string_iterator()]
         if o.is_sweep_override()
         else [str(o.input_line)]
         for o in parsed
