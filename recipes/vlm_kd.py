@@ -384,9 +384,12 @@ def main(cfg: VlmKDConfig, overrides: list[str]) -> None:
             run_dir = RunDir(cfg.run.path, world)
             run_dir.open(dataclasses.asdict(cfg), overrides, cfg.run.resume)
             VlmKD(cfg, world).train(run_dir)
-    except BaseException as error:
-        # With more ranks, closing may wait for some that never come.
-        if world.size == 1 or isinstance(error, Stopped):
+    except Stopped:
+        world.barrier()  # a launcher ends those who are left when the first has gone
+        world.close()
+        raise
+    except BaseException:
+        if world.size == 1:  # with more, closing may wait for ranks that never come
             world.close()
         raise
     world.close()
