@@ -156,7 +156,7 @@ def teacher_server(
     repo: Path, processor: ProcessorMixin, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[LiveServer]:
     """For teaching: it keeps its weights."""
-    options = ("--enable-scale-out", "--max-logprobs", "64")
+    options = ("--enable-scale-out", "--max-logprobs", str(VOCABULARY))
     with serving(repo, processor, tmp_path_factory.mktemp("teacher"), *options) as live:
         yield live
 

@@ -13,6 +13,7 @@ from kd.teacher import ServerTeacherConfig, VllmServe
 from kd.teacher.payload import top_k
 from kd.teacher.sparse import SparseTargets
 from kd.types import Sample, UserError
+from tests.conftest import metrics
 from tests.vllm.conftest import MAX_LENGTH, random_model
 from tests.vllm.test_live_engine import PROMPTS
 
@@ -67,6 +68,26 @@ def test_top_k_of_responses_with_images(teacher_server, processor, world, local)
         strict=True,
     ):
         torch.testing.assert_close(ours.exp(), theirs.exp(), rtol=0, atol=1e-5)
+
+
+def test_all_but_one_token_trains_as_the_local_teacher_does(
+    train, teacher_server, processor, local, tmp_path
+):
+    """The whole recipe: a student that learns from prompt_logprobs."""
+    random_model(processor, seed=2).save_pretrained(tmp_path / "student")
+    processor.save_pretrained(tmp_path / "student")
+    vocab = local.model.get_output_embeddings().out_features
+    options = ["student=pretrained", f"student.name={tmp_path / 'student'}", "optim.lr=0.002"]
+    options += ["student.dtype=float32", f"teacher.name={teacher_server.folder}"]
+    options += ["data.max_length=256"]
+    remote = ["teacher=server", "teacher/engine=vllm", f"teacher.urls=[{teacher_server.url}]"]
+    remote += [f"teacher.engine.k={vocab - 1}", "teacher.wait_s=60"]
+    alone = train("digits_kd", "local", *options, "teacher.dtype=float32")
+    served = train("digits_kd", "served", *options, *remote)
+    losses = metrics(alone, "train/kd")
+    assert losses[6] != losses[1]
+    for key in ("train/loss", "train/ce", "train/kd", "train/grad_norm"):
+        assert metrics(served, key) == pytest.approx(metrics(alone, key), rel=1e-5), key
 
 
 @pytest.mark.parametrize(
