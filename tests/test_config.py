@@ -56,6 +56,21 @@ ONE_GROUP = [
     mistake("train.max_grad_norm=0", r"train\.max_grad_norm=0"),
     mistake("train.max_grad_norm=nan", r"train\.max_grad_norm=nan"),
     mistake("train.export=newest", r"train\.export=newest: use last or best"),
+    # batching
+    mistake(
+        "batching=token_budget batching.max_tokens=2047",
+        r"batching\.max_tokens=2047 is less than data\.max_length=2048",
+    ),
+    mistake(
+        "batching=token_budget batching.max_padding=1", r"batching\.max_padding=1\.0: a share, in"
+    ),
+    mistake("batching.max_padding=0.1 batching=packed", r"Key 'max_padding' not in 'Packed"),
+    mistake("batching=packing", r"batching/packing"),
+    mistake("batching.max_tokens=4096", r"Key 'max_tokens' not in 'FixedBatching'"),
+    mistake(
+        "batching=packed teacher=cached teacher.source.name=t teacher.folder=c",
+        r"batching=packed is tried on every model .*\n?.*teacher\.require_full=true",
+    ),
     # validation and checkpoint
     mistake("validation.max_new_tokens=0", r"validation.*max_new_tokens"),
     mistake("validation.batch_size=0", r"validation.*batch_size"),

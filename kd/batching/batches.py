@@ -72,7 +72,12 @@ class BudgetBatches:
     """
 
     def __init__(
-        self, collate: Collate, layout: Layout, max_tokens: int, rows_per_step: int, world: World
+        self,
+        collate: Collate,
+        layout: Layout,
+        max_tokens: int,
+        rows_per_step: int,
+        world: World,
     ) -> None:
         self.collate, self.prepare = collate, collate.prepare
         self.layout, self.max_tokens = layout, max_tokens

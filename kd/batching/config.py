@@ -61,8 +61,8 @@ class FixedBatching(BatchingConfig):
 
 
 @dataclass
-class TokenBudgetBatching(BatchingConfig):
-    """Rows of similar length together, as many as `max_tokens` hold, padding counted."""
+class BudgetBatching(BatchingConfig):
+    """What both options with a budget have in common."""
 
     max_tokens: int = 2048
     """Tokens that a rank reads at once, those of images included; ${data.max_length}: as many as
@@ -83,7 +83,7 @@ class TokenBudgetBatching(BatchingConfig):
 
     def layout(self, filler_length: int) -> Layout:
         """How a micro-batch is read."""
-        return Padded(filler_length)
+        raise NotImplementedError
 
     def build(
         self, collate: Collate, micro_batch_size: int, grad_accum: int, world: World
@@ -94,7 +94,25 @@ class TokenBudgetBatching(BatchingConfig):
 
 
 @dataclass
-class PackedBatching(TokenBudgetBatching):
+class TokenBudgetBatching(BudgetBatching):
+    """Rows of similar length together, as many as `max_tokens` hold, padding counted."""
+
+    max_padding: float = 0.05
+    """Share of a micro-batch. Rows that differ by more are read apart, however few they are."""
+
+    def validate(self, max_length: int) -> None:
+        """Refuse values out of range."""
+        super().validate(max_length)
+        if not 0 <= self.max_padding < 1:
+            raise UserError(f"batching.max_padding={self.max_padding}: a share, in [0, 1)")
+
+    def layout(self, filler_length: int) -> Layout:
+        """See the base class."""
+        return Padded(filler_length, self.max_padding)
+
+
+@dataclass
+class PackedBatching(BudgetBatching):
     """Rows one after the other in one sequence of at most `max_tokens`, without padding."""
 
     @property

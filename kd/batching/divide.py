@@ -52,6 +52,10 @@ class Layout(Protocol):
         """Tokens read, padding and the filler of rows without an image included."""
         ...
 
+    def fits(self, tally: Tally, max_tokens: int) -> bool:
+        """Whether these rows make a micro-batch."""
+        ...
+
     def first_open(self, groups: int) -> int:
         """The first of so many groups that may take another row, shorter than all of theirs."""
         ...
@@ -63,12 +67,19 @@ class Padded:
 
     filler_length: int
     """Tokens of the row that a group without an image gets; 0: it gets none."""
+    max_padding: float
+    """Share of a group, without its filler."""
     is_packed: bool = False
 
     def tokens(self, tally: Tally) -> int:
         """See `Layout`."""
         filler = self.filler_length * (not tally.has_image)
         return (tally.rows + (filler > 0)) * max(tally.longest, filler)
+
+    def fits(self, tally: Tally, max_tokens: int) -> bool:
+        """See `Layout`."""
+        similar = tally.total >= (1 - self.max_padding) * tally.rows * tally.longest
+        return similar and self.tokens(tally) <= max_tokens
 
     def first_open(self, groups: int) -> int:
         """The last: a short row among long ones would be padding."""
@@ -85,6 +96,10 @@ class Packed:
     def tokens(self, tally: Tally) -> int:
         """See `Layout`."""
         return tally.total + self.filler_length * (not tally.has_image)
+
+    def fits(self, tally: Tally, max_tokens: int) -> bool:
+        """See `Layout`."""
+        return self.tokens(tally) <= max_tokens
 
     def first_open(self, groups: int) -> int:
         """Any of them."""
@@ -109,7 +124,7 @@ def fill(sizes: Sequence[Size], layout: Layout, max_tokens: int) -> list[Group]:
     groups: list[Group] = []
     for size in sorted(sizes, key=lambda size: (-size.length, size.slot)):
         candidates = groups[layout.first_open(len(groups)) :]
-        fitting = (g for g in candidates if layout.tokens(g.tally + size) <= max_tokens)
+        fitting = (g for g in candidates if layout.fits(g.tally + size, max_tokens))
         group = next(fitting, None)
         if group is None:
             group = Group()
@@ -124,13 +139,18 @@ def divide(sizes: Sequence[Size], layout: Layout, max_tokens: int, count: int) -
     `count` must be enough at `max_tokens`. The smallest bound that is still enough is found by
     halving: MULTIFIT (Coffman, Garey & Johnson 1978, https://doi.org/10.1137/0207001).
     """
+
+    def largest(groups: list[Group]) -> int:
+        return max((layout.tokens(group.tally) for group in groups), default=0)
+
     best, low, high = fill(sizes, layout, max_tokens), 0, max_tokens
     assert len(best) <= count
     while high - low > 1:
         bound = (low + high) // 2
         groups = fill(sizes, layout, bound)
         if len(groups) <= count:
-            best, high = groups, bound
+            # Rows alone may be above the bound, by their filler.
+            best, high = min(best, groups, key=largest), bound
         else:
             low = bound
     best.sort(key=lambda group: layout.tokens(group.tally), reverse=True)
@@ -138,18 +158,29 @@ def divide(sizes: Sequence[Size], layout: Layout, max_tokens: int, count: int) -
 
 
 def balance(ranks: list[list[Size]]) -> list[list[Size]]:
-    """Rows go from the rank with the most tokens to that with the fewest, while that evens them."""
+    """Rows go from the rank with the most tokens to that with the fewest, or are exchanged between
+    the two, while that evens them.
+    """
     ranks = [list(sizes) for sizes in ranks]
     totals = [sum(size.length for size in sizes) for sizes in ranks]
     enough = EVEN * sum(totals) / len(totals)
     while True:
         full, empty = totals.index(max(totals)), totals.index(min(totals))
         gap = totals[full] - totals[empty]
-        # The gap changes by twice the row's length.
-        best = min(ranks[full], key=lambda size: abs(gap - 2 * size.length), default=None)
-        if gap <= enough or best is None or best.length >= gap:
+        moves = [
+            (given.length - (0 if taken is None else taken.length), given, taken)
+            for given in ranks[full]
+            for taken in (None, *ranks[empty])
+        ]
+        # The gap changes by twice what moves.
+        best = min(moves, key=lambda move: abs(gap - 2 * move[0]), default=None)
+        if gap <= enough or best is None or not 0 < best[0] < gap:
             return ranks
-        ranks[full].remove(best)
-        ranks[empty].append(best)
-        totals[full] -= best.length
-        totals[empty] += best.length
+        change, given, taken = best
+        ranks[full].remove(given)
+        ranks[empty].append(given)
+        if taken is not None:
+            ranks[empty].remove(taken)
+            ranks[full].append(taken)
+        totals[full] -= change
+        totals[empty] += change

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ from kd.model import (
     PretrainedStudent,
     ScratchModel,
     Student,
+    check_packing,
     cut,
     export,
     same_rendering,
@@ -62,6 +64,37 @@ def test_a_row_is_the_same_alone_and_in_a_batch(family: Family):
     swapped = dataclasses.replace(TWO, images=[TWO.images[0], image(48, 64, 3)])
     other_ND = vlm.targets(in_double(collate([swapped]).student)).hidden_ND
     assert (other_ND - together[0]).abs().max() > 1e-2
+
+
+MIXES_PACKED_ROWS = {
+    "qwen3_5_hybrid": "a gated delta rule and a convolution that go on from row to row",
+    "lfm2_vl": "a convolution that does",
+    "gemma3": "attention in both directions within an image, bounded by the padding mask",
+}
+
+
+def test_packed_rows_do_not_see_each_other_or_are_refused(family: Family):
+    collate, vlm = family.collator(), FrozenVLM(family.model("float64"))
+    rows = collate.prepare(ROWS)
+    packed = collate.batch(rows, packed=True)
+    apart = by_row(packed, vlm.read(in_double(collate.batch(rows).student)))
+    together = by_row(packed, vlm.read(in_double(packed.student)))
+    off = max((a - b).abs().max().item() for a, b in zip(apart, together, strict=True))
+    two = rows[:1] + rows[2:]
+    batches = collate.batch(two[1:]), collate.batch(two), collate.batch(two, packed=True)
+    check = functools.partial(
+        check_packing,
+        lambda inputs: vlm.read(in_double(inputs)),
+        *(batch.student for batch in batches),
+        "student",
+    )
+    if family.name in MIXES_PACKED_ROWS:
+        assert off > 1e-2
+        with pytest.raises(UserError, match="the student reads a row otherwise"):
+            check()
+    else:
+        assert off < 1e-5  # the vision towers compute in float32 in part
+        check()
 
 
 def test_a_batch_is_what_the_processor_itself_makes(family: Family):
