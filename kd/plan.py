@@ -1,212 +1,238 @@
-"""What a config will take, counted without weights: `dry_run=true`.
+"""What a run takes on GPUs of some size, and what would make it fit.
 
-Both models are built on the meta device and sharded over a process group that exists in name only,
-so the bytes of weights and optimizer are those of rank 0, exactly. Activations are an estimate.
+    python -m kd.plan --config-name qwen_vl_kd --gpus 1 2 8 --gpu-gib 80
+    python -m kd.plan --config-name qwen_vl_kd --gpus 8 --tflops 300 --row-tokens 700 kd_ratio=1
+
+No weights, no data and no GPU are needed. For each number of GPUs: settings that take less and less
+memory, each on top of those before, with the largest micro-batch of longest rows that fits; the
+first that fits is suggested.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import argparse
+import copy
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
+from hydra import compose, initialize_config_dir
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
+from yaml import YAMLError
 
-from kd.activations import kept_bytes
-from kd.config import VlmKDConfig
+from kd.config import VlmKDConfig, register, to_object, validate
+from kd.flops import Row, Work
+from kd.footprint import GIB, Plan, Sizes, footprint, measure, pretend_ranks
+from kd.launch import USER_ERRORS, complain, config_dir, set_up_messages
 from kd.model import FrozenVLM, Student
 from kd.objective_loop import default_budget_mib
-from kd.parallel import DTYPES, ParallelConfig, World, blocks
 from kd.teacher import LocalTeacherConfig
+from kd.types import UserError
 
-GIB = 2**30
-
-
-@dataclass
-class Plan:
-    """Counts for one rank of a run; bytes unless said otherwise."""
-
-    ranks: int
-    student_parameters: int
-    trained_parameters: int
-    teacher_parameters: int
-    student_weights: int
-    gradients: int
-    optimizer: int
-    teacher_weights: int
-    gathered: int
-    activations: int
-    loss_buffers: int
-    rows_per_step: int
-    tokens_per_step: int
-
-    @property
-    def total(self) -> int:
-        """Bytes on one rank at the peak of a step."""
-        return (
-            self.student_weights
-            + self.gradients
-            + self.optimizer
-            + self.teacher_weights
-            + self.gathered
-            + self.activations
-            + self.loss_buffers
-        )
+MOST_GPUS = 1024
+CHECKPOINTS = "parallel.activation_checkpointing=true"
+CPU_OFFLOAD = "parallel.cpu_offload=true"
 
 
-@contextmanager
-def pretend_ranks(parallel: ParallelConfig) -> Iterator[World]:
-    """Rank 0 of the ranks that a config asks for, in name only."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
+@dataclass(frozen=True)
+class Rung:
+    """Settings that take less memory than those before."""
 
-    ranks, replicas = parallel.num_ranks(), parallel.dp_replicate
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
-    try:
-        shape, names = (replicas, ranks // replicas), ("dp_replicate", "dp_shard")
-        if replicas == 1:
-            shape, names = shape[1:], names[1:]
-        mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
-        # More than one rank would start by sending weights, and there are none.
-        yield World(mesh, torch.device("meta"), rank=0, size=1)
-    finally:
-        dist.destroy_process_group()
+    overrides: list[str]
+    """On top of the config."""
+    plan: Callable[[int], Plan]
+    """With so many rows in a micro-batch."""
 
 
-def make_plan(config: VlmKDConfig) -> Plan:
-    """Build, freeze and shard both models without weights, and count."""
-    with pretend_ranks(config.parallel) as world:
+def rungs(config: VlmKDConfig, student: Sizes, teacher: Sizes | None) -> Iterator[Rung]:
+    """The config as it is, and then with one more change each that saves memory and costs time."""
+    config, overrides = copy.deepcopy(config), []
+    parallel = config.parallel
+    rows_of_a_rank = rows_per_step(config) / parallel.nproc
+
+    def rung(teacher: Sizes | None) -> Rung:
+        mine = copy.deepcopy(config)
+
+        def plan(rows: int) -> Plan:
+            mine.train.micro_batch_size = rows
+            mine.train.grad_accum = 1 if rows >= rows_of_a_rank else 2
+            return footprint(mine, student, teacher)
+
+        return Rung(list(overrides), plan)
+
+    yield rung(teacher)
+    for name in ("activation_checkpointing", "sync_every_micro_batch"):
+        if not getattr(parallel, name):
+            setattr(parallel, name, True)
+            overrides.append(f"parallel.{name}=true")
+            yield rung(teacher)
+    local = config.asked_teacher
+    if isinstance(local, LocalTeacherConfig):
+        if not (local.offload or local.cpu_offload):
+            local.offload = True
+            overrides.append("teacher.offload=true")
+            yield rung(teacher)
+            overrides.pop()
+        overrides.append("teacher=server")
+        yield rung(None)
+    if not parallel.cpu_offload:
+        parallel.cpu_offload = True
+        overrides.append("parallel.cpu_offload=true")
+        yield rung(None)
+
+
+def largest_micro_batch(plan: Callable[[int], Plan], room: float, most: int) -> int:
+    """A divisor of `most`, the rows of a rank; 0: not even one row fits."""
+    divisors = (rows for rows in range(1, most + 1) if most % rows == 0)
+    return max((rows for rows in divisors if plan(rows).total <= room), default=0)
+
+
+class Planner:
+    """Plans of one config for GPUs of one size."""
+
+    def __init__(self, config: VlmKDConfig, room: float, row: Row, tflops: float) -> None:
+        self.config, self.room, self.row, self.tflops = config, room, row, tflops
+        self.operations = operations(config, row)
+        self.chunk_mib = config.loss.chunk_mib or default_budget_mib(torch.device("cuda"))
+        self.checkpoints = config.parallel.activation_checkpointing
+
+    def on(self, gpus: int) -> list[tuple[Rung, int]]:
+        """The rungs for so many GPUs, with the largest micro-batch of each."""
+        config = copy.deepcopy(self.config)
+        config.parallel.nproc = gpus
+        config.loss.chunk_mib = self.chunk_mib
+        sizes = measure(config)
+        most = -(-rows_per_step(config) // gpus)
+        found: list[tuple[Rung, int]] = []
+        for rung in rungs(config, *sizes):
+            rows = largest_micro_batch(rung.plan, self.room, most)
+            if not found or _saves(rung, rows, *found[-1]):
+                found.append((rung, rows))
+        return found
+
+    def seconds(self, gpus: int, *, checkpointing: bool) -> float:
+        """Of a step."""
+        return self.operations[checkpointing] / (gpus * self.tflops * 1e12)
+
+    def fitting(self, more_than: int) -> int | None:
+        """The least number of GPUs, by doubling, on which one of the rungs fits."""
+        gpus = 2 * more_than
+        while gpus <= MOST_GPUS:
+            if any(rows for _, rows in self.on(gpus)):
+                return gpus
+            gpus *= 2
+        return None
+
+
+def _saves(rung: Rung, rows: int, before: Rung, rows_before: int) -> bool:
+    least = max(1, rows)
+    return rows > rows_before or rung.plan(least).total < before.plan(least).total
+
+
+def operations(config: VlmKDConfig, row: Row) -> tuple[float, float]:
+    """Of a step, of student and teacher: without activation checkpointing, and with it."""
+    rows, teacher = rows_per_step(config), 0.0
+    with pretend_ranks(config.parallel):
         model = config.student.meta_model()
-        compute_bytes = DTYPES[config.parallel.compute_dtype].itemsize
-        activations = kept_bytes(
-            model,
-            config.batching.tokens_at_once(config.train.micro_batch_size, config.data.max_length),
-            compute_bytes,
-            checkpointing=config.parallel.activation_checkpointing,
-        )
         student = Student(model, config.loss.build(config.kd_ratio))
         student.freeze(config.student.freeze)
         student.adapt(config.student.lora, config.run.seed)
-        whole = Whole.of(model)
-        student.distribute(world, config.parallel)
-        # Also checks the optimizer's choices.
-        config.optim.build(student, config.train.max_steps)
-        reduce_bytes = DTYPES[config.parallel.reduce_dtype].itemsize
-        local_trained = sum(local(p).numel() for p in student.parameters() if p.requires_grad)
-        unsharded_gradients = (
-            whole.trained
-            if config.train.grad_accum != 1 and not config.parallel.sync_every_micro_batch
-            else 0
-        )
-        plan = Plan(
-            ranks=config.parallel.num_ranks(),
-            student_parameters=whole.parameters,
-            trained_parameters=whole.trained,
-            teacher_parameters=0,
-            student_weights=local_bytes(student),
-            gradients=4 * local_trained + reduce_bytes * unsharded_gradients,
-            optimizer=8 * local_trained,
-            teacher_weights=0,
-            gathered=compute_bytes * (whole.root + 2 * whole.largest_block),
-            activations=activations,
-            loss_buffers=_loss_buffers(config, model),
-            rows_per_step=config.train.global_batch_size or 0,
-            tokens_per_step=(config.train.global_batch_size or 0) * config.data.max_length,
-        )
-        teacher = config.asked_teacher
-        if isinstance(teacher, LocalTeacherConfig):
-            _add_teacher(plan, teacher, config, world)
-        return plan
+        work = Work.of(model)
+        if isinstance(config.asked_teacher, LocalTeacherConfig):
+            teacher = Work.of(FrozenVLM(config.asked_teacher.meta_model()).model).forward(row)
+    plain, checkpointed = (work.training(row, checkpointing=some) for some in (False, True))
+    return rows * (plain + teacher), rows * (checkpointed + teacher)
 
 
-def _add_teacher(
-    plan: Plan, teacher: LocalTeacherConfig, config: VlmKDConfig, world: World
-) -> None:
-    model = teacher.meta_model()
-    whole = Whole.of(model)
-    vlm = FrozenVLM(model)
-    vlm.distribute(world, config.parallel)
-    plan.teacher_parameters = whole.parameters
-    plan.teacher_weights = 0 if teacher.cpu_offload else local_bytes(vlm)
-    compute_bytes = DTYPES[config.parallel.compute_dtype].itemsize
-    plan.gathered += compute_bytes * (whole.root + 2 * whole.largest_block)
+def rows_per_step(config: VlmKDConfig) -> int:
+    """`train.global_batch_size`, which a checked config has."""
+    assert config.train.global_batch_size is not None
+    return config.train.global_batch_size
 
 
-@dataclass
-class Whole:
-    """Parameters before sharding."""
-
-    parameters: int
-    trained: int
-    largest_block: int
-    root: int
-    """In the root group, the head among them: whole on every rank during a step."""
-
-    @classmethod
-    def of(cls, model: PreTrainedModel) -> Whole:
-        """Count those of a model."""
-        groups = [*blocks(model)]
-        embedding = model.get_input_embeddings()
-        if embedding.weight is not model.get_output_embeddings().weight:
-            groups.append(embedding)
-        sizes = [sum(p.numel() for p in group.parameters()) for group in groups]
-        parameters = sum(p.numel() for p in model.parameters())
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        return cls(parameters, trained, max(sizes), parameters - sum(sizes))
-
-
-def local(parameter: Tensor) -> Tensor:
-    """The part of a rank."""
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
-
-
-def local_bytes(module: nn.Module) -> int:
-    """Of all weights on a rank."""
-    return sum(local(p).nbytes for p in module.parameters())
-
-
-def _loss_buffers(config: VlmKDConfig, model: PreTrainedModel) -> int:
-    """The chunk of logits, and the gradient of a head that is trained in float32."""
-    device = torch.device(config.parallel.device_type())
-    chunk_mib = config.loss.chunk_mib or default_budget_mib(device)
-    head = model.get_output_embeddings().weight
-    return chunk_mib * 2**20 + 4 * head.numel() * head.requires_grad
-
-
-def print_plan(config: VlmKDConfig) -> None:
-    """Print the counts as a table."""
-    plan = make_plan(config)
-    table = Table(title=f"{config.run.name}: plan for {plan.ranks} rank(s)", title_justify="left")
-    table.add_column("")
-    table.add_column("", justify="right")
-    table.add_row("student parameters", f"{plan.student_parameters / 1e9:.3f} B")
-    table.add_row("  of them trained", f"{plan.trained_parameters / 1e9:.3f} B")
-    table.add_row("teacher parameters", f"{plan.teacher_parameters / 1e9:.3f} B")
-    table.add_section()
-    for name, size in {
-        f"student weights ({config.student.dtype}, sharded)": plan.student_weights,
-        "gradients": plan.gradients,
-        "optimizer (AdamW, sharded)": plan.optimizer,
-        "teacher weights (sharded)": plan.teacher_weights,
-        "gathered blocks, embeddings and heads": plan.gathered,
-        "activations (estimate, longest rows)": plan.activations,
-        "loss buffers": plan.loss_buffers,
-        "sum on each rank": plan.total,
-    }.items():
-        table.add_row(name, f"{size / GIB:.2f} GiB")
-    table.add_section()
-    table.add_row("rows per optimizer step", f"{plan.rows_per_step:,}")
-    table.add_row("tokens per step, at most", f"{plan.tokens_per_step:,}")
-    table.add_row("optimizer steps", f"{config.train.max_steps:,}")
-    console = Console(width=None if Console().is_terminal else 100)
-    console.print(table)
-    console.print(
-        "Checked: every config key and combination, both architectures, sharding, optimizer and "
-        "loss. Not checked: that weights, processors and data can be reached."
+def show(planner: Planner, gpus: int, console: Console) -> None:
+    """One number of GPUs: its table, and what is suggested."""
+    table = Table(
+        title=f"{gpus} GPU(s), {planner.room / GIB:.0f} GiB of each", title_justify="left"
     )
+    table.add_column("on top of the config")
+    for name in ("rows at a time", "GiB on a rank", "step, s"):
+        table.add_column(name, justify="right")
+    found, suggested = planner.on(gpus), None
+    for rung, rows in found:
+        plan = rung.plan(max(1, rows))
+        checkpointing = planner.checkpoints or CHECKPOINTS in rung.overrides
+        seconds = f"{planner.seconds(gpus, checkpointing=checkpointing):.2f}" if rows else ""
+        if "teacher=server" in rung.overrides or CPU_OFFLOAD in rung.overrides:
+            seconds = ""  # of the student alone, or with the bus between: not known from counts
+        name = "\n".join(rung.overrides) or "as it is"
+        table.add_row(name, str(rows or "no"), f"{plan.total / GIB:.1f}", seconds)
+        table.add_section()
+        if rows and suggested is None:
+            suggested = [f"parallel.nproc={gpus}", f"train.micro_batch_size={rows}"]
+            suggested += [f"loss.chunk_mib={planner.chunk_mib}", *rung.overrides]
+    console.print(table)
+    if suggested is not None:
+        console.print(f"suggested: {' '.join(suggested)}\n", soft_wrap=True)
+        return
+    more = planner.fitting(gpus)
+    others = "student.lora.rank=16 student.freeze=\\[], a smaller data.max_length"
+    enough = f"{more} GPUs of this size" if more else f"not even {MOST_GPUS} GPUs of this size"
+    console.print(f"does not fit; what would: {enough}, {others}\n", soft_wrap=True)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Of the command line; what it does not know are overrides."""
+    made = argparse.ArgumentParser(prog="kd.plan", description="what a run takes on GPUs")
+    made.add_argument("--config-name", required=True)
+    made.add_argument("--gpus", type=int, nargs="+", default=[1, 2, 8])
+    made.add_argument("--gpu-gib", type=float, default=80.0, help="memory of a GPU")
+    made.add_argument("--reserve-gib", type=float, default=6.0, help="for CUDA, NCCL, allocator")
+    made.add_argument("--tflops", type=float, default=300.0, help="that a GPU does in fact")
+    made.add_argument("--row-tokens", type=int, help="of a row on average; data.max_length")
+    made.add_argument("--image-tokens", type=int, default=0, help="of them, of images")
+    made.add_argument("--response-tokens", type=int, help="of them, trained on; all")
+    made.add_argument("overrides", nargs="*")
+    return made
+
+
+def plan(args: argparse.Namespace) -> None:
+    """Print what is asked for."""
+    register()
+    with initialize_config_dir(config_dir(), version_base="1.3"):
+        config = to_object(compose(args.config_name, overrides=args.overrides))
+    validate(config)
+    if min(args.gpus) < 1 or args.gpu_gib <= args.reserve_gib or args.tflops <= 0:
+        raise UserError("--gpus of 1 or more, --gpu-gib above --reserve-gib, --tflops above 0")
+    tokens = args.row_tokens or config.data.max_length
+    row = Row(tokens, args.image_tokens, args.response_tokens or tokens)
+    planner = Planner(config, (args.gpu_gib - args.reserve_gib) * GIB, row, args.tflops)
+    console = Console(width=None if Console().is_terminal else 100)
+    console.print(
+        f"{config.run.name}: {rows_per_step(config)} rows in a step, of {row.tokens} tokens: "
+        f"{planner.operations[planner.checkpoints] / 1e15:.3g} PFLOP. Micro-batches are of rows of "
+        f"data.max_length={config.data.max_length} tokens.\n"
+    )
+    for gpus in args.gpus:
+        show(planner, gpus, console)
+    console.print(
+        f"Seconds are those at {args.tflops:g} TFLOP/s on every GPU, without waiting for data, for "
+        "other ranks or for responses."
+    )
+
+
+def main() -> None:
+    """Plan, and turn mistakes into plain words."""
+    set_up_messages()
+    transformers_logging.set_verbosity_error()
+    try:
+        plan(parser().parse_intermixed_args())
+    except (*USER_ERRORS, YAMLError) as error:
+        complain(error)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

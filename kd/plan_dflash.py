@@ -8,9 +8,9 @@ from rich.table import Table
 
 from kd.config_dflash import DFlashConfig
 from kd.dflash import Draft, Target
+from kd.footprint import GIB, Whole, local, local_bytes, pretend_ranks
 from kd.objective_loop import default_budget_mib
 from kd.parallel import DTYPES
-from kd.plan import GIB, Whole, local, local_bytes, pretend_ranks
 
 
 def print_plan(config: DFlashConfig) -> None:
@@ -33,8 +33,7 @@ def print_plan(config: DFlashConfig) -> None:
         num_tokens = config.train.micro_batch_size * config.data.max_length
         sizes = {
             "target weights (sharded)": 0 if config.target.cpu_offload else local_bytes(target),
-            "gathered blocks, embeddings and heads": compute_bytes
-            * (whole.root + 2 * whole.largest_block),
+            "gathered blocks, embeddings and heads": compute_bytes * whole.gathered,
             "draft weights (float32, sharded)": local_bytes(draft),
             "gradients": 4 * (trained + draft_parameters),
             "optimizer (AdamW, sharded)": 8 * trained,

@@ -29,7 +29,7 @@ from kd.metrics import Counts, LossSum, Timer, peak_mem_gib
 from kd.model import VLM, Pairing, Student, check_images, export, pair
 from kd.optim import clip_gradients
 from kd.parallel import World
-from kd.plan import print_plan
+from kd.footprint import print_plan
 from kd.rollout import Parts, Policy
 from kd.rundir import RunDir
 from kd.stop import Stopped, stop_request

@@ -13,6 +13,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from kd import plan
 from kd.config import OPTIONS, VlmKDConfig, register, typed_object
 from kd.config_dflash import DFLASH_OPTIONS, DFlashConfig, register_dflash
 from kd.run import checked, config_dir
@@ -95,6 +96,14 @@ def test_commands_compose_and_validate(page, arguments, tmp_path, monkeypatch):
     with initialize_config_dir(str(main), version_base="1.3"):
         for run in runs:
             checked(compose(name, overrides=[*search, *run]))
+
+
+@pytest.mark.parametrize(("page", "arguments"), commands_of("kd.plan"))
+def test_commands_of_plans_compose_and_validate(page, arguments):
+    args = plan.parser().parse_intermixed_args(arguments)
+    register()
+    with initialize_config_dir(config_dir(), version_base="1.3"):
+        checked(compose(args.config_name, overrides=args.overrides))
 
 
 @pytest.mark.parametrize(("page", "arguments"), commands_of("kd.serve"))

@@ -1,0 +1,75 @@
+"""`kd.plan`: what is counted, and what it suggests."""
+
+from __future__ import annotations
+
+import re
+import sys
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForImageTextToText
+
+from kd import plan
+from kd.flops import Row, Work
+from tests.model.families import FAMILIES
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen3_5"])
+def test_operations_are_those_that_torch_counts(family):
+    """Of the text: the tower's depend on images. A short row, whose attention is small."""
+    config, _ = FAMILIES[family]()
+    model = AutoModelForImageTextToText.from_config(config).eval()
+    work, tokens = Work.of(model), 4
+    with FlopCounterMode(display=False) as counter:
+        loss = model(input_ids=torch.arange(tokens)[None] + 20).logits.float().sum()
+        forward = counter.get_total_flops()
+        loss.backward()
+    row = Row(tokens, 0, tokens)
+    assert work.forward(row) == pytest.approx(forward, rel=0.03)
+    assert work.training(row, checkpointing=False) == pytest.approx(
+        counter.get_total_flops(), rel=0.03
+    )
+
+
+def run(capsys, monkeypatch, *arguments: str) -> str:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(sys, "argv", ["kd.plan", *arguments])
+    plan.main()
+    return re.sub(r"\s+", " ", capsys.readouterr().out)
+
+
+def test_a_large_model_on_gpus_of_two_sizes(capsys, monkeypatch):
+    printed = run(capsys, monkeypatch, "--config-name", "qwen_vl_kd", "--gpus", "1", "2")
+    one, two = printed.split("2 GPU(s)")
+    assert "suggested: parallel.nproc=1 train.micro_batch_size=2 " in one
+    assert "parallel.sync_every_micro_batch=true teacher.offload=true" in one
+    assert "suggested: parallel.nproc=2 train.micro_batch_size=8 loss.chunk_mib=" in two
+    small = ["--gpus", "1", "--gpu-gib", "14", "parallel.cpu_offload=true"]
+    printed = run(capsys, monkeypatch, "--config-name", "qwen_vl_kd", *small)
+    assert re.search(r"does not fit; what would: \d+ GPUs of this size", printed)
+
+
+def test_the_largest_micro_batch_divides_the_rows_of_a_rank():
+    sizes = [10, 20, 30, 45, 80]
+
+    def total(rows):
+        return type("Plan", (), {"total": sizes[rows - 1]})
+
+    assert plan.largest_micro_batch(total, 45, 4) == 4
+    assert plan.largest_micro_batch(total, 44, 4) == 2, "3 does not divide 4"
+    assert plan.largest_micro_batch(total, 9, 4) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--gpu-gib", "5"], "--gpu-gib above --reserve-gib"),
+        (["train.nonsense=1"], "nonsense"),
+    ],
+)
+def test_mistakes(capsys, monkeypatch, arguments, says):
+    with pytest.raises(SystemExit) as exit_:
+        run(capsys, monkeypatch, "--config-name", "qwen_vl_kd", *arguments)
+    assert exit_.value.code == 2
+    assert says in capsys.readouterr().err
