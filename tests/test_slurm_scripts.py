@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shlex
 import signal
@@ -48,9 +49,11 @@ def job(tmp_path: Path):
         job_env = {"SLURM_JOB_ID": "12", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_NUM_NODES": "2"}
         env = {**os.environ, **job_env, "TOLD": str(tmp_path / "told"), **env}
         env["PATH"] = f"{tmp_path}:{env['PATH']}"
+        # A run in this process has the signal held back for what is started after it.
+        unblock = functools.partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, {signal.SIGUSR1})
         return subprocess.Popen(
             ["bash", str(SCRIPTS / "slurm" / script), *args],
-            **{"env": env, "cwd": tmp_path, "text": True},
+            **{"env": env, "cwd": tmp_path, "text": True, "preexec_fn": unblock},
             **{"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT},
         )
 
