@@ -31,7 +31,7 @@ from kd.objective_loop import default_budget_mib
 from kd.teacher import LocalTeacherConfig
 from kd.types import UserError
 
-MOST_GPUS = 1024
+MOST_GPUS = 64
 CHECKPOINTS = "parallel.activation_checkpointing=true"
 CPU_OFFLOAD = "parallel.cpu_offload=true"
 
@@ -178,7 +178,7 @@ def show(planner: Planner, gpus: int, console: Console) -> None:
         console.print(f"suggested: {' '.join(suggested)}\n", soft_wrap=True)
         return
     more = planner.fitting(gpus)
-    others = "student.lora.rank=16 student.freeze=\\[], a smaller data.max_length"
+    others = "student.lora.rank=16 student.freeze=\\[], a smaller data.max_length or loss.chunk_mib"
     enough = f"{more} GPUs of this size" if more else f"not even {MOST_GPUS} GPUs of this size"
     console.print(f"does not fit; what would: {enough}, {others}\n", soft_wrap=True)
 

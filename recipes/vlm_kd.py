@@ -22,6 +22,7 @@ from kd.checkpoint import Checkpoints, random_state, set_random_state
 from kd.config import DoctorMode, VlmKDConfig
 from kd.data import BatchStream, Collator, Renderer, Split, validation_batches
 from kd.doctor import Doctor, report
+from kd.footprint import print_plan
 from kd.logger import RolloutRecord
 from kd.logger.report import write_report
 from kd.loss import AlignedLossConfig
@@ -29,7 +30,6 @@ from kd.metrics import Counts, LossSum, Timer, peak_mem_gib
 from kd.model import VLM, Pairing, Student, check_images, export, pair
 from kd.optim import clip_gradients
 from kd.parallel import World
-from kd.footprint import print_plan
 from kd.rollout import Parts, Policy
 from kd.rundir import RunDir
 from kd.stop import Stopped, stop_request

@@ -5,6 +5,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=$(bash scripts/setup.sh test)
 bin=$(dirname "$python")
 
+# Tests start many processes; without bytecode each would compile torch and transformers anew.
+unset PYTHONDONTWRITEBYTECODE
+
 "$bin/ruff" check .
 "$bin/ruff" format --check .
 "$bin/lint-imports" --no-cache
