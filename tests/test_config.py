@@ -64,7 +64,9 @@ ONE_GROUP = [
     mistake(
         "batching=token_budget batching.max_padding=1", r"batching\.max_padding=1\.0: a share, in"
     ),
-    mistake("batching.max_padding=0.1 batching=packed", r"unknown config key batching\.max_padding"),
+    mistake(
+        "batching.max_padding=0.1 batching=packed", r"unknown config key batching\.max_padding"
+    ),
     mistake("batching=packing", r"batching/packing"),
     mistake("batching.max_tokens=4096", r"unknown config key batching\.max_tokens"),
     mistake(
