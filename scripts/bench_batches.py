@@ -9,8 +9,10 @@ log-normal distribution (median 512 pixels, sigma 0.4, between 128 and 1,024), o
 of an answer 60 (sigma 1.0). These numbers are assumptions about such data, not measured on it.
 
 All options read the same rows in every step, and none reads more than `--max-tokens` at once: fixed
-batches are of as many rows as have room if all are of `--max-length`. Options take turns, round by
-round. `tokens` are those of rows: neither padding nor fillers count.
+batches are of as many rows as have room if all are of `--max-length`. Packed rows may be given
+fewer (`--packed-tokens`): without a kernel that ends at each row, attention is computed over all of
+a sequence and masked. Options take turns, round by round. `tokens` are those of rows: neither
+padding nor fillers count.
 """
 
 from __future__ import annotations
@@ -146,7 +148,7 @@ def speed(args: argparse.Namespace, world: World) -> None:
     options: dict[str, BatchingConfig] = {
         f"fixed, {micro} rows": FixedBatching(),
         "token_budget": TokenBudgetBatching(args.max_tokens),
-        "packed": PackedBatching(args.max_tokens),
+        f"packed, {args.packed_tokens} tokens": PackedBatching(args.packed_tokens),
     }
     takes: dict[str, Callable[[], list[Batch]]] = {}
     for name, option in options.items():
@@ -225,6 +227,7 @@ def main() -> None:
     parser.add_argument("case", choices=["speed", "ranks"])
     parser.add_argument("--max-length", type=int, help="of a row; default 2048, speed: 512")
     parser.add_argument("--max-tokens", type=int, help="at once; default 4 x --max-length")
+    parser.add_argument("--packed-tokens", type=int, help="of batching=packed, where others")
     parser.add_argument("--rows", type=int, default=64, help="of an optimizer step")
     parser.add_argument("--rounds", type=int, default=6, help="the first warms up")
     parser.add_argument("--scale", type=float, default=0.25, help="of all lengths")
@@ -236,6 +239,7 @@ def main() -> None:
     args = parser.parse_args()
     args.max_length = args.max_length or (512 if args.case == "speed" else 2048)
     args.max_tokens = args.max_tokens or 4 * args.max_length
+    args.packed_tokens = args.packed_tokens or args.max_tokens
     if args.case == "ranks":
         ranks(args)
         return
