@@ -149,6 +149,10 @@ class VlmKDConfig:
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     doctor: DoctorMode = DoctorMode.auto
     """Checks of data, models and teacher before the first step; only: and then end."""
+    profile: bool = False
+    """Record `profile_steps`: a trace, and a table of where their time went."""
+    profile_steps: list[int] = field(default_factory=lambda: [3, 5])
+    """The first and the last one, counted from 1 as in metrics.jsonl."""
     dry_run: bool = False
     """Check everything, count, print the plan, and end."""
     traceback: bool = False
@@ -290,6 +294,8 @@ class AnyRun(Protocol):
     parallel: ParallelConfig
     optim: OptimConfig
     logger: LoggerConfig
+    profile: bool
+    profile_steps: list[int]
 
 
 def validate_run(config: AnyRun) -> None:
@@ -326,11 +332,26 @@ def validate_run(config: AnyRun) -> None:
             f"optim.warmup_steps={config.optim.warmup_steps} exceeds "
             f"train.max_steps={config.train.max_steps}"
         )
+    _validate_profile(config)
     config.train.resolve(config.parallel.num_ranks())
     assert config.train.grad_accum is not None  # settled by resolve
     config.rollout.validate_window(
         config.train.micro_batch_size, config.train.grad_accum, config.data.max_length
     )
+
+
+def _validate_profile(config: AnyRun) -> None:
+    """Refuse steps that no run of so many has."""
+    steps, max_steps = config.profile_steps, config.train.max_steps
+    if len(steps) != 2 or not 1 <= steps[0] <= steps[1]:
+        raise UserError(
+            f"profile_steps={steps}: give the first and the last step to record, such as [3,5]"
+        )
+    if config.profile and steps[1] > max_steps:
+        raise UserError(
+            f"profile_steps={steps}, but the run has train.max_steps={max_steps}: "
+            "record earlier steps, or train for more"
+        )
 
 
 def _validate_teacher(config: VlmKDConfig) -> None:

@@ -34,6 +34,10 @@ class DFlashConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
+    profile: bool = False
+    """Record `profile_steps`: a trace, and a table of where their time went."""
+    profile_steps: list[int] = field(default_factory=lambda: [3, 5])
+    """The first and the last one, counted from 1 as in metrics.jsonl."""
     dry_run: bool = False
     """Check everything, count, print the plan, and end."""
     traceback: bool = False

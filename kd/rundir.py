@@ -30,6 +30,8 @@ FREE_KEYS = (
     "checkpoint.keep_last",
     "checkpoint.save_async",
     "doctor",
+    "profile",
+    "profile_steps",
     "traceback",
     "teacher.cpu_offload",
     "teacher.offload",

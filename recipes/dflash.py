@@ -34,6 +34,7 @@ from kd.metrics import Timer, peak_mem_gib
 from kd.optim import clip_gradients
 from kd.parallel import World
 from kd.plan_dflash import print_plan
+from kd.profile import Profiler
 from kd.rollout import Parts, Policy
 from kd.rundir import RunDir
 from kd.states_dflash import build_states
@@ -151,11 +152,13 @@ class DFlash:
         self.resume()
         logger = cfg.logger.build(cfg.run.path, self.world.rank)
         logger.start(dataclasses.asdict(cfg), cfg.train.max_steps, self.step)
+        profiler = Profiler(cfg.profile, cfg.profile_steps, run_dir.path, self.world, self.step)
         run_dir.write_status("running", self.step)
         outcome = "failed"
         try:
             while self.step < cfg.train.max_steps:
-                metrics = self.train_step()
+                with profiler(self.step + 1):
+                    metrics = self.train_step()
                 self.step += 1
                 self.checkpoints.poll()
                 last = self.step == cfg.train.max_steps
@@ -179,6 +182,7 @@ class DFlash:
             self.export()
             outcome = "finished"
         finally:
+            profiler.close()
             self.source.close()
             logger.close(failed=outcome == "failed")
             run_dir.write_status(outcome, self.step)
@@ -210,24 +214,27 @@ class DFlash:
                     states = self.states(batch, chosen)
                 last = i == len(batches) - 1
                 self.draft.set_requires_gradient_sync(last or cfg.parallel.sync_every_micro_batch)
-                out = read_blocks(
-                    self.draft, states, chosen, cfg.draft.weighting, norm, cfg.draft.attention
-                )
-                # FSDP2 averages gradients over the ranks; the loss is already a global mean.
-                (out.loss * world.size).backward()
+                with timer("draft"):
+                    out = read_blocks(
+                        self.draft, states, chosen, cfg.draft.weighting, norm, cfg.draft.attention
+                    )
+                with timer("backward"):
+                    # FSDP2 averages gradients over the ranks; the loss is already a global mean.
+                    (out.loss * world.size).backward()
                 accepted = out.num_accepted_A.sum()[None]
                 sums += torch.cat([out.loss.detach()[None], accepted, out.num_correct_T]).double()
-            grad_norm = clip_gradients(self.draft, cfg.train.max_grad_norm)
-            # The step's one host sync.
-            loss, accepted, *correct, norm = torch.cat(
-                [world.sum(sums), grad_norm.detach().to(sums).reshape(1)]
-            ).tolist()
-            if not math.isfinite(loss + norm):
-                self.refuse_non_finite(batches, loss, norm)
-            lr = float(self.scheduler.get_last_lr()[0])
-            self.optimizer.step()
-            self.scheduler.step()
-            self.optimizer.zero_grad()
+            with timer("optimizer"):
+                grad_norm = clip_gradients(self.draft, cfg.train.max_grad_norm)
+                # The step's one host sync.
+                loss, accepted, *correct, norm = torch.cat(
+                    [world.sum(sums), grad_norm.detach().to(sums).reshape(1)]
+                ).tolist()
+                if not math.isfinite(loss + norm):
+                    self.refuse_non_finite(batches, loss, norm)
+                lr = float(self.scheduler.get_last_lr()[0])
+                self.optimizer.step()
+                self.scheduler.step()
+                self.optimizer.zero_grad()
         seconds = timer.flush()
         return {
             "train/loss": loss,

@@ -30,6 +30,7 @@ from kd.metrics import Counts, LossSum, Timer, peak_mem_gib
 from kd.model import VLM, Pairing, Student, check_images, export, pair
 from kd.optim import clip_gradients
 from kd.parallel import World
+from kd.profile import Profiler
 from kd.rollout import Parts, Policy
 from kd.rundir import RunDir
 from kd.stop import Stopped, stop_request
@@ -213,11 +214,13 @@ class VlmKD:
             self.examine()
         logger = cfg.logger.build(cfg.run.path, self.world.rank)
         logger.start(dataclasses.asdict(cfg), cfg.train.max_steps, self.step)
+        profiler = Profiler(cfg.profile, cfg.profile_steps, run_dir.path, self.world, self.step)
         self.run_dir.write_status("running", self.step)
         outcome = "failed"
         try:
             while self.step < cfg.train.max_steps:
-                metrics = self.train_step()
+                with profiler(self.step + 1):
+                    metrics = self.train_step()
                 self.step += 1
                 self.checkpoints.poll()
                 last = self.step == cfg.train.max_steps
@@ -242,6 +245,7 @@ class VlmKD:
             self.export()
             outcome = "finished"
         finally:
+            profiler.close()
             self.source.close()
             self.teacher.close()
             logger.close(failed=outcome == "failed")
@@ -270,19 +274,22 @@ class VlmKD:
                     targets = self.judge.targets(batch)
                 last = i == len(batches) - 1
                 self.student.set_requires_gradient_sync(last or cfg.parallel.sync_every_micro_batch)
-                out = self.student.distill(batch, targets, *counts.divisors)
-                # FSDP2 averages gradients over the ranks; the loss is already a global mean.
-                (out.loss * world.size).backward()
+                with timer("student"):
+                    out = self.student.distill(batch, targets, *counts.divisors)
+                with timer("backward"):
+                    # FSDP2 averages gradients over the ranks; the loss is a global mean already.
+                    (out.loss * world.size).backward()
                 losses.add(out)
                 self.trained.append((cpu_batch, out.kd_N))
-            grad_norm = clip_gradients(self.student, cfg.train.max_grad_norm)
-            loss, ce, kd, norm = losses.reduce(world, grad_norm)  # the step's one host sync
-            if not math.isfinite(loss + norm):
-                self.refuse_non_finite(batches, loss, norm)
-            lr = float(self.scheduler.get_last_lr()[0])
-            self.optimizer.step()
-            self.scheduler.step()
-            self.optimizer.zero_grad()
+            with timer("optimizer"):
+                grad_norm = clip_gradients(self.student, cfg.train.max_grad_norm)
+                loss, ce, kd, norm = losses.reduce(world, grad_norm)  # the step's one host sync
+                if not math.isfinite(loss + norm):
+                    self.refuse_non_finite(batches, loss, norm)
+                lr = float(self.scheduler.get_last_lr()[0])
+                self.optimizer.step()
+                self.scheduler.step()
+                self.optimizer.zero_grad()
         seconds = timer.flush()
         return {
             "train/loss": loss,

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from torch.profiler import record_function
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
@@ -217,9 +218,11 @@ class Student(VLM):
         """
         hidden_ND = self._hidden(batch.student)
         head = self.model.get_output_embeddings()
-        return self.objective(
-            hidden_ND, head.weight, head.bias, batch.labels_N, targets, num_targets, num_kd_targets
-        )
+        counts = num_targets, num_kd_targets
+        with record_function("kd::loss"):
+            return self.objective(
+                hidden_ND, head.weight, head.bias, batch.labels_N, targets, *counts
+            )
 
     def freeze(self, parts: list[str]) -> None:
         """Exclude parts (see `find_part`); before `distribute`, as FSDP reads requires_grad."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from torch.profiler import record_function
 
 from kd.rollout.engine import Engine, Sampling
 from kd.rollout.parts import Parts, Stream
@@ -76,12 +77,13 @@ class GeneratedSource:
         """
         partition = self.partition
         started = time.perf_counter()
-        if not self.pending:
-            self.pending = self._window()
-        if self.ahead and self.next is None:
-            groups = self._read()
-            self._sync(groups)
-            self.next = _in_thread(lambda: self._respond(groups))
+        with record_function("kd::rollout"):
+            if not self.pending:
+                self.pending = self._window()
+            if self.ahead and self.next is None:
+                groups = self._read()
+                self._sync(groups)
+                self.next = _in_thread(lambda: self._respond(groups))
         self.stats.waited_s = time.perf_counter() - started
         groups, self.pending = self.pending[: partition.groups], self.pending[partition.groups :]
         self.stats.count([row for group in groups for row in group.rows], self.step)

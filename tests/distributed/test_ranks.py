@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -74,8 +75,12 @@ def test_ranks_equal_one_process(train, rows, tmp_path):
             assert got == pytest.approx(expected[key], rel=1e-6), (name, key)
 
     two = ["parallel.nproc=2"]
-    ranks("sharded", *base, *two, "train.micro_batch_size=1")
+    profile = ["profile=true", "profile_steps=[2,3]"]
+    ranks("sharded", *base, *two, "train.micro_batch_size=1", *profile)
     check("sharded")
+    table = (tmp_path / "runs" / "sharded" / "profile.txt").read_text()
+    assert "rank 0 of 2" in table
+    assert float(re.search(r"communication +([\d.]+)", table)[1]) > 0.5
     for key in ("val/accuracy", "val/rows", "data/dropped_too_long"):
         assert metrics(tmp_path / "runs" / "sharded", key) == metrics(one, key)
     replicated = ["train.micro_batch_size=2", "parallel.dp_replicate=2"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 
 import pytest
@@ -33,7 +34,7 @@ def test_a_run_from_its_target_s_responses_to_an_export(train, target, capsys):
     run = train(
         "dflash", "run", target, *TINY, "train.val_every=3", "validation.max_new_tokens=8",
         "validation.batch_size=5", "checkpoint.best_metric=val/accept_length",
-        "checkpoint.best_mode=max",
+        "checkpoint.best_mode=max", "profile=true",
     )  # fmt: skip
     losses = metrics(run, "train/loss")
     assert sorted(losses) == [1, 2, 3, 4, 5, 6] and all(map(math.isfinite, losses.values()))
@@ -46,6 +47,9 @@ def test_a_run_from_its_target_s_responses_to_an_export(train, target, capsys):
     row = json.loads((run / "samples.jsonl").read_text().splitlines()[-1])
     assert row["student"].replace(" | ", "").startswith(row["teacher"][:1])
     assert (run / "report.html").stat().st_size > 10_000
+    table = (run / "profile.txt").read_text()
+    for part in ("data", "rollout", "target", "draft", "backward", "optimizer"):
+        assert float(re.search(rf"^{part} +([\d.]+)", table, re.MULTILINE)[1]) > 0, part
 
 
 @pytest.mark.parametrize("weighting", ["decay", "dpace"])
