@@ -1,7 +1,7 @@
 """`profile=true`: where the time of some steps goes, by torch.profiler, on rank 0.
 
 The parts of a step are named by `record_function("kd::…")`, which `kd.metrics.Timer` does; without
-a profiler that costs microseconds. Times in this file are microseconds, as in a trace, until a
+a profiler that costs some microseconds. Times in this file are microseconds, as in a trace, until a
 table shows milliseconds.
 """
 
