@@ -475,14 +475,14 @@ def row(runner: Runner, base: Runner) -> str:
     """A line of the table; speed and memory as `base` has them, in relation to this one."""
     label = f"{runner.name}, {runner.ranks} rank(s)"
     if "skipped" in runner.about:
-        return f"| {label} | - | - | - | - | - | {runner.about['skipped']} |"
-    seconds, peak = runner.median("seconds"), runner.median("peak_mib")
+        return f"| {label} | - | - | - | - | - | - | {runner.about['skipped']} |"
+    seconds, cpu_s, peak = (runner.median(key) for key in ("seconds", "cpu_s", "peak_mib"))
     speed = runner.about["tokens"] / seconds
     losses = " ".join(f"{step['loss']:.5f}" for step in runner.steps)
+    slower, more_cpu = seconds / base.median("seconds"), cpu_s / base.median("cpu_s")
     return (
-        f"| {label} | {speed:,.0f} | {seconds / base.median('seconds'):.2f} | "
-        f"{runner.median('cpu_s'):.2f} | {peak:,.0f} | {base.median('peak_mib') / peak:.2f} | "
-        f"{losses} |"
+        f"| {label} | {speed:,.0f} | {slower:.2f} | {cpu_s:.2f} | {more_cpu:.2f} | {peak:,.0f} | "
+        f"{base.median('peak_mib') / peak:.2f} | {losses} |"
     )
 
 
@@ -540,8 +540,8 @@ def main() -> None:
         f"{torch.__version__}, Python {platform.python_version()}; load {os.getloadavg()[0]:.1f} "
         f"on {os.cpu_count()} cores\n"
     )
-    print("| | tokens/s | first / this | processor s | peak MiB | first / this | losses |")
-    print("|---|---|---|---|---|---|---|")
+    ratios = "speed of the first", "processor s", "over the first", "peak MiB", "of the first"
+    print(f"| | tokens/s | {' | '.join(ratios)} | loss of each step |\n|{'---|' * 8}")
     for runner in runners:
         print(row(runner, base))
 
