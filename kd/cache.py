@@ -31,7 +31,7 @@ from transformers.utils import logging as transformers_logging
 from yaml import YAMLError
 
 from kd.config import VlmKDConfig, register, to_object, validate
-from kd.data import Rows, Split, validation_batches
+from kd.data import Rows, Split, sizes_of, validation_batches
 from kd.data.sampler import ValidationSampler
 from kd.launch import (
     HYDRA_SETTINGS,
@@ -84,7 +84,7 @@ class Filler(VlmKD):
         self.split = Split(cfg.train.micro_batch_size, world.rank, world.size)
         self.num_rows = sum(len(rows) for rows in self.splits)
         self.num_batches = sum(
-            len(ValidationSampler(len(rows), self.split)) for rows in self.splits
+            len(ValidationSampler(sizes_of(rows), self.split)) for rows in self.splits
         )
 
     def batches(self) -> Iterator[Batch]:

@@ -17,7 +17,13 @@ from kd.batching import (
     TokenBudgetBatching,
 )
 from kd.checkpoint import CheckpointConfig
-from kd.data import ConversationsConfig, DataConfig, DigitsConfig, MedPixConfig
+from kd.data import (
+    ConversationsConfig,
+    DataConfig,
+    DigitsConfig,
+    MedPixConfig,
+    MixtureConfig,
+)
 from kd.logger import DefaultLoggerConfig, LoggerConfig, WandbLoggerConfig
 from kd.loss import (
     AlignedLossConfig,
@@ -178,6 +184,7 @@ OPTIONS: dict[str, dict[str, type]] = {
         "digits": DigitsConfig,
         "medpix": MedPixConfig,
         "conversations": ConversationsConfig,
+        "mixture": MixtureConfig,
     },
     "batching": {
         "fixed": FixedBatching,
@@ -246,6 +253,9 @@ def _refuse_unknown(config: DictConfig, typed: Any, prefix: str) -> None:
         child = getattr(typed, str(key))
         if dataclasses.is_dataclass(child):
             _refuse_unknown(config[key], child, f"{prefix}{key}.")
+        for name, entry in child.items() if isinstance(child, dict) else ():
+            if dataclasses.is_dataclass(entry):
+                _refuse_unknown(config[key][name], entry, f"{prefix}{key}.{name}.")
 
 
 def validate(config: VlmKDConfig) -> None:
@@ -309,17 +319,9 @@ def validate_run(config: AnyRun) -> None:
     config.parallel.validate()
     config.optim.validate()
     config.logger.validate()
-    if isinstance(config.data, ConversationsConfig) and not config.data.require_answer:
-        if config.rollout.reads_answers:
-            raise UserError(
-                "data.require_answer=false allows rows without an answer, but this rollout option "
-                "learns the data set's answers: choose rollout=student or rollout=teacher"
-            )
-        if config.train.val_every is not None and not config.data.has_own_validation:
-            raise UserError(
-                "data.require_answer=false leaves nothing to validate by: give rows with answers "
-                "in data.validation_path (or validation_split), or set train.val_every=null"
-            )
+    for data in config.data.parts:
+        if isinstance(data, ConversationsConfig) and not data.require_answer:
+            _validate_unanswered(config, data)
     if config.train.export == "best" and config.checkpoint.best_metric is None:
         raise UserError("train.export=best needs checkpoint.best_metric")
     metric = config.checkpoint.best_metric
@@ -351,6 +353,20 @@ def _validate_profile(config: AnyRun) -> None:
         raise UserError(
             f"profile_steps={steps}, but the run has train.max_steps={max_steps}: "
             "record earlier steps, or train for more"
+        )
+
+
+def _validate_unanswered(config: AnyRun, data: ConversationsConfig) -> None:
+    """Refuse rows without an answer where one is needed."""
+    if config.rollout.reads_answers:
+        raise UserError(
+            "data.require_answer=false allows rows without an answer, but this rollout option "
+            "learns the data set's answers: choose rollout=student or rollout=teacher"
+        )
+    if config.train.val_every is not None and not data.has_own_validation:
+        raise UserError(
+            "data.require_answer=false leaves nothing to validate by: give rows with answers "
+            "in data.validation_path (or validation_split), or set train.val_every=null"
         )
 
 

@@ -8,7 +8,7 @@ from hydra.core.config_store import ConfigStore
 
 from kd.checkpoint import CheckpointConfig
 from kd.config import OPTIONS, TrainConfig, ValidationConfig, validate_run
-from kd.data import DataConfig
+from kd.data import DataConfig, MixtureConfig
 from kd.dflash import DecayWeighting, DPaceWeighting, DraftConfig, TargetConfig
 from kd.logger import LoggerConfig
 from kd.optim import OptimConfig
@@ -68,6 +68,13 @@ def validate_dflash(config: DFlashConfig) -> None:
     validate_run(config)
     config.target.validate("target")
     config.draft.validate("draft")
+    if isinstance(config.data, MixtureConfig):
+        clashing = sorted({"image", "text"} & set(config.data.datasets))
+        if clashing:
+            raise UserError(
+                f"data.datasets has the name {clashing[0]}, which val/accept_length_{clashing[0]} "
+                "has another meaning for: rename it"
+            )
     if config.rollout.student_share > 0:
         raise UserError(
             "a draft learns what its target says: choose rollout=teacher (the target responds), or "

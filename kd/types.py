@@ -42,6 +42,13 @@ class Sample:
     answer: str | None
     kind: str = ""
     """Free label of the row (a question type, say); validation accuracy is also given per kind."""
+    dataset: str = ""
+    """The name of its data set in a mixture; validation is also given per data set."""
+
+    @property
+    def labels(self) -> set[str]:
+        """What validation results are also given by."""
+        return {self.kind, self.dataset} - {""}
 
 
 @dataclass

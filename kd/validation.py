@@ -12,12 +12,16 @@ from kd.config import ValidationConfig
 from kd.logger import SampleRecord
 from kd.metrics import LossSum
 from kd.model import Student, cut
+from kd.objective import KDOutput
 from kd.parallel import World
 from kd.rollout import Policy, Rejections
 from kd.teacher import BaseTeacher
 from kd.types import Batch, Sample, UserError
 
 log = logging.getLogger("kd")
+
+ALL = ""
+"""The label that every row has."""
 
 
 class Validator:
@@ -40,8 +44,12 @@ class Validator:
 
     @torch.no_grad()
     def losses(self, student: Student, teacher: BaseTeacher) -> dict[str, float]:
-        """val/loss, val/ce and val/kd per target token, from the training objective itself."""
+        """val/loss, val/ce and val/kd per target token, from the training objective itself.
+
+        Of a mixture also per data set: a batch has rows of one.
+        """
         losses = LossSum(self.world.device)
+        parts: dict[str, Part] = {}
         rejections = Rejections(self.on_broken_row)
         num_targets = num_kd_targets = num_rows = 0
         problem = None
@@ -54,25 +62,34 @@ class Validator:
             except UserError as error:
                 problem = problem or str(error)
             batch = batch.to(self.world.device)
-            losses.add(student.distill(batch, teacher.targets(batch), 1, 1))
+            out = student.distill(batch, teacher.targets(batch), 1, 1)
+            losses.add(out)
+            for name in {sample.dataset for sample in batch.samples} - {""}:
+                parts.setdefault(name, Part(self.world.device)).add(batch, out)
         self.world.agree(problem)
         num_rejected = sum(rejections.counters.values())
         counts = self.world.sum_ints(num_targets, num_kd_targets, num_rows, num_rejected)
         num_targets, num_kd_targets, num_rows, num_rejected = counts
         if num_targets == 0:
             self.world.agree(f"the validation split has no usable row ({num_rejected} rejected)")
+        metrics = self._reduce_losses(losses, num_targets, num_kd_targets)
+        for name in sorted(set().union(*self.world.gather(set(parts)))):
+            part = parts.get(name, Part(self.world.device))
+            counts = self.world.sum_ints(part.num_targets, part.num_kd_targets)
+            found = self._reduce_losses(part.losses, *counts)
+            metrics |= {f"{key}_{name}": value for key, value in found.items()}
+        return {**metrics, "val/rows": num_rows, "val/rejected": num_rejected}
+
+    def _reduce_losses(
+        self, losses: LossSum, num_targets: int, num_kd_targets: int
+    ) -> dict[str, float]:
+        """Per target. Collective."""
         _, ce, kd = losses.reduce(self.world)
         ce, kd = ce / num_targets, kd / max(1, num_kd_targets)
-        return {
-            "val/loss": mix(ce, kd, self.kd_ratio),
-            "val/ce": ce,
-            "val/kd": kd,
-            "val/rows": num_rows,
-            "val/rejected": num_rejected,
-        }
+        return {"val/loss": mix(ce, kd, self.kd_ratio), "val/ce": ce, "val/kd": kd}
 
     def answers(self) -> tuple[dict[str, float], list[SampleRecord]]:
-        """Greedy answers: exact-answer accuracy over all rows and per kind, and some of the rows.
+        """Greedy answers: exact-answer accuracy over all rows and per label, and some of the rows.
 
         val/unfinished is the share of answers cut by max_new_tokens.
         """
@@ -87,8 +104,9 @@ class Validator:
             told = self._teacher_answers(batch, bool(shown))
             for sample, answer in zip(batch.samples, answers, strict=True):
                 correct = normalise(answer) == normalise(sample.answer or "")
-                asked[sample.kind] += 1
-                right[sample.kind] += correct
+                for label in {ALL, *sample.labels}:
+                    asked[label] += 1
+                    right[label] += correct
                 if len(records) < self.config.report_samples:
                     records.append(_record(sample, answer, told.get(sample.id), correct))
         return self._reduce(right, asked, unfinished, records)
@@ -99,9 +117,9 @@ class Validator:
         ranks = self.world.gather((right, asked, unfinished, records))
         right = sum((rank[0] for rank in ranks), Counter())
         asked = sum((rank[1] for rank in ranks), Counter())
-        rows = max(1, asked.total())
-        metrics = {"val/accuracy": right.total() / rows}
-        metrics |= {f"val/accuracy_{k}": right[k] / asked[k] for k in sorted(asked) if k}
+        rows = max(1, asked[ALL])
+        metrics = {"val/accuracy": right[ALL] / rows}
+        metrics |= {f"val/accuracy_{k}": right[k] / asked[k] for k in sorted(asked) if k != ALL}
         metrics["val/unfinished"] = sum(rank[2] for rank in ranks) / rows
         shown = [record for rank in ranks for record in rank[3]]
         return metrics, shown[: self.config.report_samples]
@@ -126,6 +144,20 @@ class Validator:
             ids = (sample.id for sample in batch.samples)
             self.teacher_answers |= dict(zip(ids, answers, strict=False))
         return self.teacher_answers
+
+
+class Part:
+    """The losses on one data set of a mixture."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.losses = LossSum(device)
+        self.num_targets = self.num_kd_targets = 0
+
+    def add(self, batch: Batch, out: KDOutput) -> None:
+        """Count a batch."""
+        self.losses.add(out)
+        self.num_targets += batch.num_targets
+        self.num_kd_targets += batch.num_kd_targets
 
 
 def told_ahead(batches: Iterable[Batch], teacher: BaseTeacher) -> Iterator[Batch]:

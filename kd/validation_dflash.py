@@ -119,14 +119,14 @@ class DraftEvaluator:
         num_blocks: int,
         rejections: Rejections,
     ) -> tuple[dict[str, float], list[SampleRecord]]:
-        mine = [(bool(row.sample.images), row.sample.kind, row.walk) for row in rows]
+        mine = [(bool(row.sample.images), row.sample.labels, row.walk) for row in rows]
         shown = [self._record(row) for row in rows[: self.validation.report_samples]]
         ranks = self.world.gather((mine, shown, loss))
         num_rejected, num_blocks, *counts = self.world.sum_ints(
             sum(rejections.counters.values()), num_blocks, *counts
         )
         told = [row for rank in ranks for row in rank[0]]
-        usable = [(images, kind, walk) for images, kind, walk in told if walk.accepted]
+        usable = [(images, labels, walk) for images, labels, walk in told if walk.accepted]
         if not usable:
             self.world.agree(
                 f"no validation row has a response of {LEAST_TOKENS} tokens or more "
@@ -139,8 +139,8 @@ class DraftEvaluator:
             **_means("val/accept_length_image", [row for row in usable if row[0]]),
             **_means("val/accept_length_text", [row for row in usable if not row[0]]),
         }
-        for name in sorted({kind for _, kind, _ in usable if kind}):
-            metrics[f"val/accept_length_{name}"] = _mean([row for row in usable if row[1] == name])
+        for name in sorted(set().union(*(labels for _, labels, _ in usable))):
+            metrics[f"val/accept_length_{name}"] = _mean([row for row in usable if name in row[1]])
         steps = acceptance([walk for _, _, walk in usable], self.config.block_size)
         for k, (accepted, possible) in enumerate(steps, start=1):
             if possible:
@@ -179,9 +179,9 @@ class _Row:
     walk: Walk
 
 
-def _mean(rows: list[tuple[bool, str, Walk]]) -> float:
+def _mean(rows: list[tuple[bool, set[str], Walk]]) -> float:
     return sum(walk.accept_length for _, _, walk in rows) / len(rows)
 
 
-def _means(name: str, rows: list[tuple[bool, str, Walk]]) -> dict[str, float]:
+def _means(name: str, rows: list[tuple[bool, set[str], Walk]]) -> dict[str, float]:
     return {name: _mean(rows)} if rows else {}

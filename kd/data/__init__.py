@@ -5,6 +5,7 @@ from kd.data.collate import Collator
 from kd.data.conversations import ConversationsConfig
 from kd.data.digits import DigitsConfig
 from kd.data.medpix import MedPixConfig
+from kd.data.mixture import MixtureConfig, sizes_of
 from kd.data.render import Prompt, Renderer
 from kd.data.sampler import Split
 from kd.data.stream import BatchStream, validation_batches
@@ -16,10 +17,12 @@ __all__ = [
     "DataConfig",
     "DigitsConfig",
     "MedPixConfig",
+    "MixtureConfig",
     "Prompt",
     "Renderer",
     "RowError",
     "Rows",
     "Split",
+    "sizes_of",
     "validation_batches",
 ]

@@ -65,6 +65,11 @@ class DataConfig:
                 f"data.val_samples is {self.val_samples}; give at least 1, or null for all rows."
             )
 
+    @property
+    def parts(self) -> list[DataConfig]:
+        """The data sets that the rows are from: this one, or those of a mixture."""
+        return [self]
+
     def build(self, split: str) -> Rows:
         """The rows of split `train` or `validation`; UserError where the data is not there."""
         raise NotImplementedError

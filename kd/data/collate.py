@@ -156,7 +156,9 @@ class Collator:
             prompts = self._prompts(row)
         except RowError as error:
             return Rejected(row.id, str(error), broken=True)
-        return RenderedSample(row.id, row.messages, row.images, row.answer, row.kind, prompts)
+        return RenderedSample(
+            row.id, row.messages, row.images, row.answer, row.kind, row.dataset, prompts
+        )
 
     def screen(
         self, rows: list[Sample | Rejected], response_tokens: int | None

@@ -13,6 +13,7 @@ import torch
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from kd.data.base import Rows
+from kd.data.mixture import order_of, sizes_of
 from kd.data.sampler import Split, TrainSampler, ValidationSampler
 from kd.types import Batch, Inputs, Rejected, Sample, UserError
 
@@ -44,7 +45,7 @@ class BatchStream(Generic[T]):
         self.rows, self.collate, self.split = rows, collate, split
         self.seed, self.shuffle = seed, shuffle
         self.num_workers, self.pin_memory = num_workers, pin_memory
-        self._places = self._sampler(0)
+        self._places = order_of(rows, seed, shuffle)
         self.seek(0)
 
     def __iter__(self) -> BatchStream[T]:
@@ -60,7 +61,11 @@ class BatchStream(Generic[T]):
     @property
     def num_rows(self) -> int:
         """Rows of an epoch, over all ranks."""
-        return len(self.rows)
+        return self._places.num_rows
+
+    def metrics(self) -> dict[str, float]:
+        """What the rows handed out so far were made of, over all ranks, where that is a choice."""
+        return self._places.metrics(self.position)
 
     def seek(self, position: int) -> None:
         """Go on after the first `position` rows of the stream."""
@@ -71,13 +76,10 @@ class BatchStream(Generic[T]):
         """What `collate` makes of these slots of the stream; the position stays as it is."""
         return self.collate([self.rows[self._places.row(slot)] for slot in slots])
 
-    def _sampler(self, position: int) -> TrainSampler:
-        return TrainSampler(
-            len(self.rows), self.split, seed=self.seed, shuffle=self.shuffle, position=position
-        )
-
     def _load(self) -> Iterator[T]:
-        sampler = self._sampler(self.position)
+        # Not `_places`: it reads ahead, and each would have the other work out its epoch again.
+        order = order_of(self.rows, self.seed, self.shuffle)
+        sampler = TrainSampler(order, self.split, position=self.position)
         return _load(self.rows, self.collate, sampler, self.num_workers, self.pin_memory)
 
 
@@ -91,9 +93,11 @@ def validation_batches(
 ) -> Iterator[T]:
     """Every row exactly once over all ranks, in the same number of batches on each.
 
-    The last batches may have no row: what `collate` makes of [] keeps the ranks in step.
+    The last batches may have no row: what `collate` makes of [] keeps the ranks in step. No batch
+    has rows of two data sets of a mixture.
     """
-    return _load(rows, collate, ValidationSampler(len(rows), split), num_workers, pin_memory)
+    sampler = ValidationSampler(sizes_of(rows), split)
+    return _load(rows, collate, sampler, num_workers, pin_memory)
 
 
 def _load(

@@ -28,6 +28,7 @@ from kd.types import UserError
 CHARTS = {
     "Training loss": ("train/loss", "train/ce", "train/kd"),
     "Validation loss": ("val/loss", "val/ce", "val/kd"),
+    "Validation loss by data set": ("val/loss_*",),
     "Validation accuracy": ("val/accuracy*",),
     "Accept length": ("val/accept_length*", "train/accept_length"),
     "Accepted by position in the block": tuple(f"val/accept_{k}" for k in range(1, 32)),

@@ -29,10 +29,11 @@ class DatasetSource:
         return batches
 
     def metrics(self) -> dict[str, float]:
-        """The rows dropped so far, over all ranks. Collective."""
+        """The rows handed out and dropped so far, over all ranks. Collective."""
         counters = self.rejections.counters
         sums = self.world.sum_ints(*counters.values())
-        return {f"data/{name}": value for name, value in zip(counters, sums, strict=True)}
+        dropped = {f"data/{name}": value for name, value in zip(counters, sums, strict=True)}
+        return dropped | self.stream.metrics()
 
     def state_dict(self) -> dict[str, Any]:
         """The rows handed out and dropped over all ranks. Collective: call it on every rank."""

@@ -95,7 +95,7 @@ class GeneratedSource:
         counters = self.rejections.counters
         sums = self.parts.world.sum_ints(*counters.values())
         dropped = {f"data/{name}": value for name, value in zip(counters, sums, strict=True)}
-        return self.stats.metrics() | dropped
+        return self.stats.metrics() | dropped | self.stream.metrics()
 
     def close(self) -> None:
         """End the engines."""

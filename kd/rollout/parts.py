@@ -30,6 +30,10 @@ class Stream(Protocol):
         """The rows in these slots of the stream."""
         ...
 
+    def metrics(self) -> dict[str, float]:
+        """What the rows handed out so far were made of, over all ranks."""
+        ...
+
     def seek(self, position: int) -> None:
         """Go on after `position` slots."""
         ...

@@ -29,6 +29,7 @@ NEEDS = {
     "teacher/cached": ["teacher.source.name=folder"],
     "teacher/none": ["kd_ratio=0"],
     "data/conversations": ["data.path=rows.jsonl"],
+    "data/mixture": ["+data@data.datasets.mine=digits", "+data.weights={mine:1}"],
     "rollout/student": ["kd_ratio=1"],
     "rollout/engine/hf": ["rollout=student", "kd_ratio=1"],
     "rollout/engine/vllm": ["rollout=student", "kd_ratio=1"],

@@ -7,16 +7,15 @@ import shlex
 from pathlib import Path
 
 import pytest
-from omegaconf import OmegaConf
+from hydra import compose, initialize_config_dir
 
-from kd.data import Collator, ConversationsConfig, DataConfig, DigitsConfig, Renderer
+from kd.config import register, to_object
+from kd.data import Collator, ConversationsConfig, DataConfig, MixtureConfig, Renderer
+from kd.run import config_dir
 from kd.types import Sample
+from tests.test_docs import option, write_own_configs
 
 PAGE = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
-OPTIONS: dict[str, type[DataConfig]] = {
-    "conversations": ConversationsConfig,
-    "digits": DigitsConfig,
-}
 
 
 def blocks(language: str) -> list[str]:
@@ -31,18 +30,19 @@ def folder(tmp_path, png, monkeypatch) -> Path:
     (tmp_path / "validation.jsonl").write_text(blocks("jsonl")[0])
     monkeypatch.chdir(tmp_path)
     exec(blocks("python")[0], {})
+    write_own_configs("data.md")
     return tmp_path
 
 
 def config(command: str) -> DataConfig:
     """The data config that a command line of the page composes."""
     words = shlex.split(command.replace("\\\n", " "))
-    option = next(word.removeprefix("data=") for word in words if word.startswith("data="))
-    overrides = [word.removeprefix("data.") for word in words if word.startswith("data.")]
-    settings = OmegaConf.merge(OmegaConf.structured(OPTIONS[option]), OmegaConf.from_cli(overrides))
-    built = OmegaConf.to_object(settings)
-    assert isinstance(built, DataConfig)
-    return built
+    overrides = [word for word in words if "=" in word]
+    if own := option(words, "--config-dir"):
+        overrides.append(f"hydra.searchpath=[file://{Path(own).absolute()}]")
+    register()
+    with initialize_config_dir(config_dir(), version_base="1.3"):
+        return to_object(compose(option(words, "--config-name"), overrides=overrides)).data
 
 
 @pytest.mark.parametrize("command", blocks("bash"))
@@ -52,6 +52,13 @@ def test_commands_give_usable_rows(folder, command, processor):
     batch = collate([rows[i] for i in range(min(len(rows), 8))])
     assert batch.rejected == []
     assert batch.num_targets > 0
+
+
+def test_mixtures_of_the_page_are_alike(folder):
+    first, second = (config(c) for c in blocks("bash") if "mixture" in c or "mine_and" in c)
+    assert isinstance(first, MixtureConfig) and isinstance(second, MixtureConfig)
+    assert first.weights == second.weights
+    assert first.build("train").sizes == second.build("train").sizes
 
 
 def test_page_shows_rows_of_every_form(folder):
