@@ -182,6 +182,10 @@ def serving(folder: Path, world: World, **limits: Any) -> Iterator[Running]:
     token = config.serve.token
     headers = {} if token is None else {"Authorization": f"Bearer {token}"}
     server, loop = started[0]
+    deadline = time.monotonic() + 30
+    while not server.started:  # before, the port is taken, but nobody listens
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     try:
         yield Running(url, headers, model=model, uvicorn=server)
