@@ -51,7 +51,7 @@ CONF
 export SLURM_CONF=$dir/slurm.conf
 stop() {
   local status=$?
-  [ "$status" = 0 ] || tail -n 20 "$dir"/*.log "$dir"/work/*.log
+  [ "$status" = 0 ] || tail -n 20 "$dir"/*.log "$dir"/site/*.log
   scancel --user=root --quiet || true
   scontrol shutdown || true
   munged --stop --socket="$dir/munge/socket" || true
@@ -68,8 +68,8 @@ sinfo
 
 # ---- what is run ---------------------------------------------------------------------------------
 
-mkdir "$dir/work"
-cd "$dir/work"
+mkdir "$dir/site"
+cd "$dir/site"
 scripts=$repo/scripts/slurm
 tiny=(
   student=digits_small train.max_steps=24 train.log_every=1 train.val_every=null data.val_samples=10
