@@ -22,7 +22,8 @@ from rich.table import Table
 from transformers.utils import logging as transformers_logging
 from yaml import YAMLError
 
-from kd.config import VlmKDConfig, register, to_object, validate
+from kd.config import VlmKDConfig, register, typed_object, validate
+from kd.config_dflash import register_dflash
 from kd.flops import Row, Work
 from kd.footprint import GIB, Plan, Sizes, footprint, measure, pretend_ranks
 from kd.launch import USER_ERRORS, complain, config_dir, set_up_messages
@@ -201,8 +202,14 @@ def parser() -> argparse.ArgumentParser:
 def plan(args: argparse.Namespace) -> None:
     """Print what is asked for."""
     register()
+    register_dflash()
     with initialize_config_dir(config_dir(), version_base="1.3"):
-        config = to_object(compose(args.config_name, overrides=args.overrides))
+        config = typed_object(compose(args.config_name, overrides=args.overrides))
+    if not isinstance(config, VlmKDConfig):
+        raise UserError(
+            f"{args.config_name} is no config of distillation: python -m kd.run --config-name "
+            f"{args.config_name} dry_run=true prints what it takes"
+        )
     validate(config)
     if min(args.gpus) < 1 or args.gpu_gib <= args.reserve_gib or args.tflops <= 0:
         raise UserError("--gpus of 1 or more, --gpu-gib above --reserve-gib, --tflops above 0")

@@ -67,6 +67,7 @@ def test_the_largest_micro_batch_divides_the_rows_of_a_rank():
     [
         (["--gpu-gib", "5"], "--gpu-gib above --reserve-gib"),
         (["train.nonsense=1"], "nonsense"),
+        (["--config-name", "dflash"], "dflash is no config of distillation"),
     ],
 )
 def test_mistakes(capsys, monkeypatch, arguments, says):
