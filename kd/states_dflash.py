@@ -59,15 +59,17 @@ class KeptStates(LiveStates):
         agreed(world, lambda: found.refuse_other(folder, manifest.codec, manifest.teacher))
         self.store = agreed(world, lambda: Store(folder / SEGMENTS))
         self._num_asked = self._num_found = 0
+        self._problem: str | None = None
+        """Of this rank's last writing, told to the others at the next batch."""
 
     def __call__(self, batch: Batch, blocks: Blocks) -> TargetStates:
         """Of a batch that is on the device."""
         keys = [response.key for response in batch.responses]
-        rows, problem = [None], None
+        rows, problem = [None], self._problem
         try:
             rows = self._look_up(keys)
         except UserError as error:
-            problem = str(error)
+            problem = problem or str(error)
         lacking = sum(row is None for row in rows)
         self._num_asked += len(keys)
         self._num_found += len(keys) - lacking
@@ -83,7 +85,10 @@ class KeptStates(LiveStates):
             self.store.put(key, _bytes(row_SM[seen_S].to(self.dtype)))
         kept = self._padded(self._look_up(keys), batch)
         if self.store.is_due:
-            self.publish()
+            try:
+                self._write_rows()
+            except UserError as error:  # the others are in the next forward already
+                self._problem = str(error)
         return self.target.beside(kept, blocks.ids_BQ)
 
     def _look_up(self, keys: list[bytes]) -> list[np.ndarray | None]:
@@ -103,6 +108,9 @@ class KeptStates(LiveStates):
 
     def publish(self) -> None:
         """Put what is kept on the disk: a run that resumes reads the same."""
+        agreed(self.world, self._write_rows)
+
+    def _write_rows(self) -> None:
         try:
             self.store.publish()
         except OSError as error:
