@@ -150,7 +150,7 @@ def fused_linear_kd(
 
     Returns:
         Differentiable `.loss`, detached `.ce` and `.kd`, with loss = (1-r) ce + r kd; and detached
-        `.kd_N`, T² D of each row with label != -100, in their order.
+        `.kd_N` and `.ce_N`, T² D and CE of each row with label != -100, in their order.
 
     Raises:
         UserError: for values out of range, shapes, dtypes or devices that do not fit.

@@ -21,7 +21,7 @@ UPCAST_TILE = 8192
 
 @dataclass(frozen=True)
 class KDOutput:
-    """Scalars, each a sum over this rank's targets divided by their count, and kd per target.
+    """Scalars, each a sum over this rank's targets divided by their count; kd and ce per target.
 
     `loss = (1 - kd_ratio) * ce + kd_ratio * kd` is differentiable; all else is detached. `kd` of a
     divergence has the factor temperature² in it, and is 0 where there is no teacher (kd_ratio = 0).
@@ -35,6 +35,8 @@ class KDOutput:
 
     Where several rows are one target of the KD term, the first of them has its value.
     """
+    ce_N: Tensor
+    """The same of `ce`; 0 where there is no reference answer."""
 
 
 class Body(Protocol):
@@ -184,7 +186,7 @@ def _run_chunks(
 ) -> tuple[Tensor, Tensor]:
     """(kd_N, ce_N) of all rows; adds to `gradients` on the way. No host sync."""
     dtype, vocab = accumulation_dtype(weight_VD.dtype), weight_VD.shape[0]
-    # Not one tensor cut in two: kd_N is given out, and would keep the memory of both.
+    # Not one tensor cut in two: whoever keeps kd_N alone would keep the memory of both.
     kd_N = hidden_ND.new_zeros(len(labels_N), dtype=dtype)
     ce_N = torch.zeros_like(kd_N)
     max_rows = max((rows.stop - rows.start for rows in chunks), default=0)
@@ -227,12 +229,12 @@ def kd_weight(
 
 def _mix(
     kd_N: Tensor, ce_N: Tensor, kd_ratio: float, num_targets: Count, num_kd_targets: Count
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """The fields of KDOutput. An endpoint drops the other term, which 0 * inf would not."""
     ce, kd = ce_N.sum() / num_targets, kd_N.sum() / num_kd_targets
     if kd_ratio in (0, 1):
-        return (kd if kd_ratio else ce).clone(), ce, kd, kd_N
-    return (1 - kd_ratio) * ce + kd_ratio * kd, ce, kd, kd_N
+        return (kd if kd_ratio else ce).clone(), ce, kd, kd_N, ce_N
+    return (1 - kd_ratio) * ce + kd_ratio * kd, ce, kd, kd_N, ce_N
 
 
 class _FusedHead(torch.autograd.Function):
@@ -250,7 +252,7 @@ class _FusedHead(torch.autograd.Function):
         kd_ratio: float,
         num_targets: Count,
         num_kd_targets: Count,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         inputs = hidden_ND, weight_VD, bias_V
         gradients = Gradients.zeros(inputs, ctx.needs_input_grad[:3])
         per_row = _run_chunks(hidden_ND, weight_VD, bias_V, labels_N, body, chunks, gradients)

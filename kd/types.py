@@ -160,6 +160,10 @@ class ResponseGroups(Protocol):
         """How many of the N targets are in a group."""
         ...
 
+    def counts(self, lengths: list[int]) -> list[int]:
+        """How many groups each response has, of their numbers of targets."""
+        ...
+
     def to(self, device: torch.device | str) -> ResponseGroups:
         """Copy the tensors."""
         ...
@@ -203,6 +207,17 @@ class Batch:
     def num_kd_targets(self) -> int:
         """What the KD term is taken of: every target, or groups of them."""
         return self.num_targets if self.groups is None else self.groups.num_groups
+
+    @property
+    def targets_by_rollout(self) -> list[int]:
+        """The number of targets of each rollout."""
+        return [len(rollout.response_ids) for rollout in self.rollouts]
+
+    @property
+    def kd_targets_by_rollout(self) -> list[int]:
+        """`num_kd_targets` of each rollout."""
+        counts = self.targets_by_rollout
+        return counts if self.groups is None else self.groups.counts(counts)
 
     @property
     def num_aligned(self) -> int:

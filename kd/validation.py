@@ -10,9 +10,8 @@ import torch
 
 from kd.config import ValidationConfig
 from kd.logger import SampleRecord
-from kd.metrics import LossSum
+from kd.metrics import Datasets, LossSum, mix
 from kd.model import Student, cut
-from kd.objective import KDOutput
 from kd.parallel import World
 from kd.rollout import Policy, Rejections
 from kd.teacher import BaseTeacher
@@ -33,11 +32,12 @@ class Validator:
         student: Policy,
         teacher: Policy | None,
         kd_ratio: float,
+        datasets: Datasets,
         config: ValidationConfig,
         on_broken_row: str,
         world: World,
     ) -> None:
-        self.kd_ratio = kd_ratio
+        self.kd_ratio, self.datasets = kd_ratio, datasets
         self.batches, self.student, self.teacher = batches, student, teacher
         self.config, self.on_broken_row, self.world = config, on_broken_row, world
         self.teacher_answers: dict[str, str] = {}
@@ -46,10 +46,10 @@ class Validator:
     def losses(self, student: Student, teacher: BaseTeacher) -> dict[str, float]:
         """val/loss, val/ce and val/kd per target token, from the training objective itself.
 
-        Of a mixture also per data set: a batch has rows of one.
+        Of a mixture also per data set.
         """
-        losses = LossSum(self.world.device)
-        parts: dict[str, Part] = {}
+        losses = LossSum(self.world.device, self.datasets)
+        of_datasets = self.datasets.counts([])
         rejections = Rejections(self.on_broken_row)
         num_targets = num_kd_targets = num_rows = 0
         problem = None
@@ -57,36 +57,32 @@ class Validator:
             num_targets += batch.num_targets
             num_kd_targets += batch.num_kd_targets
             num_rows += len(batch.samples)
+            of_batch = self.datasets.counts([batch])
+            of_datasets = [a + b for a, b in zip(of_datasets, of_batch, strict=True)]
             try:
                 rejections.note(batch.rejected)
             except UserError as error:
                 problem = problem or str(error)
             batch = batch.to(self.world.device)
             out = student.distill(batch, teacher.targets(batch), 1, 1)
-            losses.add(out)
-            for name in {sample.dataset for sample in batch.samples} - {""}:
-                parts.setdefault(name, Part(self.world.device)).add(batch, out)
+            losses.add(batch, out)
         self.world.agree(problem)
         num_rejected = sum(rejections.counters.values())
-        counts = self.world.sum_ints(num_targets, num_kd_targets, num_rows, num_rejected)
-        num_targets, num_kd_targets, num_rows, num_rejected = counts
+        num_targets, num_kd_targets, num_rows, num_rejected, *of_datasets = self.world.sum_ints(
+            num_targets, num_kd_targets, num_rows, num_rejected, *of_datasets
+        )
         if num_targets == 0:
             self.world.agree(f"the validation split has no usable row ({num_rejected} rejected)")
-        metrics = self._reduce_losses(losses, num_targets, num_kd_targets)
-        for name in sorted(set().union(*self.world.gather(set(parts)))):
-            part = parts.get(name, Part(self.world.device))
-            counts = self.world.sum_ints(part.num_targets, part.num_kd_targets)
-            found = self._reduce_losses(part.losses, *counts)
-            metrics |= {f"{key}_{name}": value for key, value in found.items()}
-        return {**metrics, "val/rows": num_rows, "val/rejected": num_rejected}
-
-    def _reduce_losses(
-        self, losses: LossSum, num_targets: int, num_kd_targets: int
-    ) -> dict[str, float]:
-        """Per target. Collective."""
-        _, ce, kd = losses.reduce(self.world)
+        _, ce, kd, *sums = losses.reduce(self.world)
         ce, kd = ce / num_targets, kd / max(1, num_kd_targets)
-        return {"val/loss": mix(ce, kd, self.kd_ratio), "val/ce": ce, "val/kd": kd}
+        return {
+            "val/loss": mix(ce, kd, self.kd_ratio),
+            "val/ce": ce,
+            "val/kd": kd,
+            **self.datasets.metrics("val", self.kd_ratio, of_datasets, sums),
+            "val/rows": num_rows,
+            "val/rejected": num_rejected,
+        }
 
     def answers(self) -> tuple[dict[str, float], list[SampleRecord]]:
         """Greedy answers: exact-answer accuracy over all rows and per label, and some of the rows.
@@ -146,20 +142,6 @@ class Validator:
         return self.teacher_answers
 
 
-class Part:
-    """The losses on one data set of a mixture."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.losses = LossSum(device)
-        self.num_targets = self.num_kd_targets = 0
-
-    def add(self, batch: Batch, out: KDOutput) -> None:
-        """Count a batch."""
-        self.losses.add(out)
-        self.num_targets += batch.num_targets
-        self.num_kd_targets += batch.num_kd_targets
-
-
 def told_ahead(batches: Iterable[Batch], teacher: BaseTeacher) -> Iterator[Batch]:
     """The batches, while the teacher knows of the one after each."""
     held = None
@@ -170,13 +152,6 @@ def told_ahead(batches: Iterable[Batch], teacher: BaseTeacher) -> Iterator[Batch
         held = batch
     if held is not None:
         yield held
-
-
-def mix(ce: float, kd: float, kd_ratio: float) -> float:
-    """The loss; an endpoint drops the other term, which 0 * inf would not."""
-    if kd_ratio in (0, 1):
-        return kd if kd_ratio else ce
-    return (1 - kd_ratio) * ce + kd_ratio * kd
 
 
 def _record(sample: Sample, answer: str, teacher: str | None, correct: bool) -> SampleRecord:

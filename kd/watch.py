@@ -21,8 +21,8 @@ def rollout_records(
     for batch, kd_N in trained:
         if len(records) >= limit:
             break
-        lengths = [len(rollout.response_ids) for rollout in batch.rollouts]
-        for rollout, kd in zip(batch.rollouts, kd_N.cpu().split(lengths), strict=True):
+        kd_of_rollouts = kd_N.cpu().split(batch.targets_by_rollout)
+        for rollout, kd in zip(batch.rollouts, kd_of_rollouts, strict=True):
             records.append(_record(rollout, kd.tolist(), tokenizer, step))
     return records[:limit]
 

@@ -26,7 +26,7 @@ from kd.footprint import print_plan
 from kd.logger import RolloutRecord
 from kd.logger.report import write_report
 from kd.loss import AlignedLossConfig
-from kd.metrics import Counts, LossSum, Timer, peak_mem_gib
+from kd.metrics import Counts, Datasets, LossSum, Timer, peak_mem_gib
 from kd.model import VLM, Pairing, Student, check_images, export, pair
 from kd.optim import clip_gradients
 from kd.parallel import World
@@ -76,6 +76,7 @@ class VlmKD:
         self.check_images()
         self.check_batching()
         self.source = self.build_source()
+        self.datasets = Datasets(cfg.data.dataset_names("train"))
         self.validator = self.build_validator()
         self.timer = Timer(self.device)
         self.trained: list[tuple[Batch, Tensor]] = []
@@ -186,6 +187,7 @@ class VlmKD:
             self.student_policy,
             self.teacher_policy,
             cfg.kd_ratio,
+            Datasets(cfg.data.dataset_names("validation")),
             cfg.validation,
             cfg.data.on_broken_row,
             self.world,
@@ -260,13 +262,15 @@ class VlmKD:
             with timer("data"):
                 batches, problem = self.take()
             # Counted before any backward: every micro-batch is divided by the same number.
-            problems, *sums = world.sum_ints(problem is not None, *Counts.of(batches))
+            problems, *numbers = world.sum_ints(
+                problem is not None, *Counts.of(batches), *self.datasets.counts(batches)
+            )
             if problems:
                 world.agree(problem)
-            counts = Counts(*sums)
+            counts, dataset_counts = Counts.split(numbers)
             with timer("teacher"):
                 self.judge.expect(batches)
-            losses = LossSum(self.device)
+            losses = LossSum(self.device, self.datasets)
             self.trained.clear()
             for i, cpu_batch in enumerate(batches):
                 batch = cpu_batch.to(self.device)
@@ -279,11 +283,12 @@ class VlmKD:
                 with timer("backward"):
                     # FSDP2 averages gradients over the ranks; the loss is a global mean already.
                     (out.loss * world.size).backward()
-                losses.add(out)
+                losses.add(batch, out)
                 self.trained.append((cpu_batch, out.kd_N))
             with timer("optimizer"):
                 grad_norm = clip_gradients(self.student, cfg.train.max_grad_norm)
-                loss, ce, kd, norm = losses.reduce(world, grad_norm)  # the step's one host sync
+                # The step's one host sync.
+                loss, ce, kd, norm, *dataset_sums = losses.reduce(world, grad_norm)
                 if not math.isfinite(loss + norm):
                     self.refuse_non_finite(batches, loss, norm)
                 lr = float(self.scheduler.get_last_lr()[0])
@@ -304,6 +309,7 @@ class VlmKD:
             "train/peak_mem_gib": peak_mem_gib(self.device),
             "train/micro_batches": len(batches),
             **counts.metrics(),
+            **self.datasets.metrics("train", cfg.kd_ratio, dataset_counts, dataset_sums),
             **self.source.metrics(),
             **self.judge.metrics(),
         }

@@ -386,6 +386,7 @@ def test_chunks_hold_whole_groups_and_every_row(data):
         [Alignment(groups), Alignment([]), Alignment(groups)],
     )
     assert joined.num_groups == 2 * len(groups) and joined.num_student_rows == 2 * s
+    assert joined.counts([s, 0, alone, s]) == [len(groups), 0, 0, len(groups)]
     for max_rows in (1, 2, 5, 100):
         chunks = joined.chunks(max_rows)
         covered = [r for rows in chunks for r in range(rows.start, rows.stop)]

@@ -119,7 +119,7 @@ def test_equals_float64_autograd(divergence, beta, temperature, kd_ratio):
 
 @pytest.mark.parametrize("chunk_size", [2, None])
 @pytest.mark.parametrize(("divergence", "beta"), DIVERGENCES)
-def test_divergence_of_every_target(divergence, beta, chunk_size):
+def test_losses_of_every_target(divergence, beta, chunk_size):
     """Of the rows with a label alone, in their order."""
     inputs = make_inputs()
     options = {"divergence": divergence, "beta": beta, "temperature": 2.0, "kd_ratio": 0.3}
@@ -130,6 +130,8 @@ def test_divergence_of_every_target(divergence, beta, chunk_size):
     expected = 4 * divergence_of(student / 2, teacher / 2, divergence, beta)
     torch.testing.assert_close(out.kd_N, expected.detach(), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(out.kd, out.kd_N.sum() / 100)
+    ce_N = torch.nn.functional.cross_entropy(student, inputs["labels"][rows], reduction="none")
+    torch.testing.assert_close(out.ce_N, ce_N.detach(), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("chunk_size", [1, 2, 3, 5, 7, 100, None])

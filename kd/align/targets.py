@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import itertools
 import operator
 from dataclasses import dataclass
 
@@ -96,6 +97,12 @@ class Groups:
     def num_student_rows(self) -> int:
         """How many of the N student rows are in a group."""
         return sum(length for _, length, _, _ in self.spans)
+
+    def counts(self, lengths: list[int]) -> list[int]:
+        """Groups of each response, given the student rows of each; no group is in two of them."""
+        starts = [start for start, _, _, _ in self.spans]
+        ends = [bisect.bisect_left(starts, end) for end in itertools.accumulate(lengths)]
+        return [end - begin for begin, end in itertools.pairwise([0, *ends])]
 
     def to(self, device: torch.device | str) -> Groups:
         """Copy the tensors to `device`."""

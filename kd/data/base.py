@@ -70,6 +70,10 @@ class DataConfig:
         """The data sets that the rows are from: this one, or those of a mixture."""
         return [self]
 
+    def dataset_names(self, split: str) -> list[str]:
+        """What the data sets in the rows of a split are called; only a mixture names them."""
+        return []
+
     def build(self, split: str) -> Rows:
         """The rows of split `train` or `validation`; UserError where the data is not there."""
         raise NotImplementedError

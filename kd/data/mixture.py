@@ -45,6 +45,12 @@ class MixtureConfig(DataConfig):
         """The data sets."""
         return list(self.datasets.values())
 
+    def dataset_names(self, split: str) -> list[str]:
+        """Of those in the split."""
+        # In their order: on the command line they may come in any, and a resumed run must read
+        # the same rows.
+        return sorted(self.datasets if split == "validation" else self._trained)
+
     def validate(self) -> None:
         """Raise UserError on a value that cannot work."""
         super().validate()
@@ -71,9 +77,7 @@ class MixtureConfig(DataConfig):
     def build(self, split: str) -> MixedRows:
         """The rows of all data sets, one after the other; UserError where one has none."""
         self.validate()
-        # In the order of the names: on the command line they may come in any, and a resumed run
-        # must read the same rows.
-        names = sorted(self.datasets if split == "validation" else self._trained)
+        names = self.dataset_names(split)
         parts: list[Rows] = []
         for name in names:
             with _named(name):

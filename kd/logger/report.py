@@ -27,6 +27,7 @@ from kd.types import UserError
 
 CHARTS = {
     "Training loss": ("train/loss", "train/ce", "train/kd"),
+    "Training loss by data set": ("train/loss_*",),
     "Validation loss": ("val/loss", "val/ce", "val/kd"),
     "Validation loss by data set": ("val/loss_*",),
     "Validation accuracy": ("val/accuracy*",),

@@ -325,6 +325,17 @@ def test_only_values_that_are_not_finite(tmp_path):
     assert page.of("td") == ["train/loss", "nan", "1", "val/loss", "inf", "1"]
 
 
+def test_metrics_that_some_steps_lack(tmp_path):
+    logger = JsonlLogger(tmp_path, image_px=32)
+    logger.start({}, 3, 0)
+    logger.log(1, {"train/loss": 3.0, "train/loss_mine": 4.0})
+    logger.log(2, {"train/loss": 2.0, "train/loss_digits": 1.0})
+    logger.log(3, {"train/loss": 1.0})
+    page = report(tmp_path)
+    assert page.of("h3") == ["Training loss", "Training loss by data set"]
+    assert page.of("li") == ["train/loss", "train/loss_digits", "train/loss_mine"]
+
+
 def test_report_is_replaced_whole(run_dir):
     before = write_report(run_dir).stat().st_ino
     with (run_dir / "report.html").open() as reader:

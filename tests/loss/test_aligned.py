@@ -145,7 +145,7 @@ def distance(config: AlignedLossConfig, q: Tensor, p: Tensor, matched: MatchedVo
 def reference(
     case: Case, config: AlignedLossConfig, kd_ratio: float, count: int, kd_count: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, ce, kd_N)"""
+    """(loss, ce_N, kd_N)"""
     targets, groups = case.targets, case.targets.groups
     student_NV = F.linear(*case.parameters)
     teacher_MV = F.linear(targets.hidden_MD, targets.weight_VD, targets.bias_V)
@@ -158,10 +158,11 @@ def reference(
         kd[s] = distance(config, q, p, targets.matched)
     zero = student_NV.sum() * 0
     kd_N = torch.stack([kd.get(r, zero) for r in range(len(case.labels_N))])
-    labelled = [r for r, label in enumerate(case.labels_N.tolist()) if label >= 0]
     logp_NV = student_NV.log_softmax(-1)
-    ce = -sum((logp_NV[r, case.labels_N[r]] for r in labelled), zero) / count
-    return (1 - kd_ratio) * ce + kd_ratio * kd_N.sum() / kd_count, ce, kd_N
+    labels = enumerate(case.labels_N.tolist())
+    ce_N = torch.stack([-logp_NV[r, label] if label >= 0 else zero for r, label in labels])
+    loss = (1 - kd_ratio) * ce_N.sum() / count + kd_ratio * kd_N.sum() / kd_count
+    return loss, ce_N, kd_N
 
 
 def grads(loss: Tensor, case: Case) -> tuple[Tensor, ...]:
@@ -176,9 +177,10 @@ def assert_equals_reference(
     count: int,
     kd_count: int,
 ) -> None:
-    loss, ce, kd_N = reference(case, config, kd_ratio, count, kd_count)
+    loss, ce_N, kd_N = reference(case, config, kd_ratio, count, kd_count)
     torch.testing.assert_close(out.loss, loss, **TIGHT)
-    torch.testing.assert_close(out.ce, ce.detach(), **TIGHT)
+    torch.testing.assert_close(out.ce_N, ce_N.detach(), **TIGHT)
+    torch.testing.assert_close(out.ce, ce_N.detach().sum() / count, **TIGHT)
     torch.testing.assert_close(out.kd_N, kd_N.detach(), **TIGHT)
     torch.testing.assert_close(out.kd, kd_N.detach().sum() / kd_count, **TIGHT)
     for ours, wanted in zip(grads(out.loss, case), grads(loss, case), strict=True):

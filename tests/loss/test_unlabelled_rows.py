@@ -75,26 +75,29 @@ def divergence_of(student_NK: Tensor, teacher_NK: Tensor, name: str) -> Tensor:
 def reference(
     case: Case, name: str, kd_ratio: float, temperature: float, num_targets: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, ce, kd_N) by autograd on all logits; unlabelled rows never meet cross-entropy."""
+    """(loss, ce_N, kd_N) by autograd on all logits; unlabelled rows never meet cross-entropy."""
     teacher = case.teacher
     student_NV = F.linear(*case.parameters)
     teacher_NK = F.linear(teacher.hidden_ND, teacher.weight_VD, teacher.bias_V)
     labelled_M = (case.labels_N >= 0).nonzero()[:, 0]
     logp_MV = student_NV[labelled_M].log_softmax(-1)
-    ce = -logp_MV[torch.arange(len(labelled_M)), case.labels_N[labelled_M]].sum() / num_targets
+    ce_M = -logp_MV[torch.arange(len(labelled_M)), case.labels_N[labelled_M]]
+    ce_N = ce_M.new_zeros(len(case.labels_N)).index_copy(0, labelled_M, ce_M)
     shared_NK = student_NV[:, :TEACHER_VOCAB]
     kd_N = temperature**2 * divergence_of(shared_NK / temperature, teacher_NK / temperature, name)
-    return (1 - kd_ratio) * ce + kd_ratio * kd_N.sum() / num_targets, ce, kd_N
+    loss_N = (1 - kd_ratio) * ce_N + kd_ratio * kd_N
+    return loss_N.sum() / num_targets, ce_N, kd_N
 
 
 def assert_equals_reference(
     out: KDOutput, case: Case, name: str, kd_ratio: float, temperature: float, num_targets: int
 ) -> None:
-    loss, ce, kd_N = reference(case, name, kd_ratio, temperature, num_targets)
+    loss, ce_N, kd_N = reference(case, name, kd_ratio, temperature, num_targets)
     kd_N = kd_N.detach() if kd_ratio else torch.zeros_like(kd_N)
     tight: dict[str, Any] = {"rtol": 1e-11, "atol": 1e-12}
     torch.testing.assert_close(out.loss, loss, **tight)
-    torch.testing.assert_close(out.ce, ce.detach(), **tight)
+    torch.testing.assert_close(out.ce_N, ce_N.detach(), **tight)
+    torch.testing.assert_close(out.ce, ce_N.detach().sum() / num_targets, **tight)
     torch.testing.assert_close(out.kd_N, kd_N, **tight)
     torch.testing.assert_close(out.kd, kd_N.sum() / num_targets, **tight)
     grads, wanted = (torch.autograd.grad(x, case.parameters) for x in (out.loss, loss))
@@ -172,15 +175,18 @@ def test_minus_inf_logits_stay_finite(body, kd_ratio, dead):
 
 @pytest.mark.parametrize("body", BODIES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_kd_per_row_is_detached_and_of_its_own_size(body, dtype):
+def test_losses_per_row_are_detached_and_of_their_own_size(body, dtype):
     case = make_case(UNLABELLED["some"], dtype)
     objective = make_config("reverse_kl", body).build(0.3)
     args = *case.parameters, case.labels_N, case.targets(body), ROWS
     out = objective(*args)
     with torch.no_grad():
         validated = objective(*args)
-    for kd_N in (out.kd_N, validated.kd_N):
-        assert kd_N.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-        assert not kd_N.requires_grad and (kd_N > 0).all()
-        assert kd_N.untyped_storage().nbytes() == ROWS * kd_N.element_size()
+    for loss_N in (out.kd_N, validated.kd_N, out.ce_N, validated.ce_N):
+        assert loss_N.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        assert not loss_N.requires_grad
+        assert loss_N.untyped_storage().nbytes() == ROWS * loss_N.element_size()
+    for kd_N, ce_N in ((out.kd_N, out.ce_N), (validated.kd_N, validated.ce_N)):
+        assert (kd_N > 0).all() and ((ce_N > 0) == (case.labels_N >= 0)).all()
     torch.testing.assert_close(out.kd_N, validated.kd_N)
+    torch.testing.assert_close(out.ce_N, validated.ce_N)
