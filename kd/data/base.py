@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
-
 from kd.types import Rejected, Sample, UserError
 
 SPLITS = ("train", "validation")
@@ -30,7 +28,7 @@ class Rows(Protocol):
         ...
 
     def __getitem__(self, index: int) -> Sample | Rejected:
-        """Row `index`; always the same for the same index."""
+        """Row `index`; always the same for the same index. UserError where none can be had."""
         ...
 
 
@@ -83,18 +81,6 @@ class DataConfig:
         rows = self.build("train")
         samples = [rows[i] for i in range(min(len(rows), CORPUS_ROWS))]
         return [text for s in samples if isinstance(s, Sample) for text in _texts(s)]
-
-
-def validation_choice(rows: np.ndarray, val_samples: int | None) -> np.ndarray:
-    """A fixed random choice of `val_samples` of `rows`, in their order; all where it is None."""
-    if val_samples is None:
-        return rows
-    if val_samples > len(rows):
-        raise UserError(
-            f"data.val_samples is {val_samples}, but the validation split has {len(rows)} rows. "
-            f"Lower it, or set it to null to use all."
-        )
-    return np.sort(np.random.default_rng(0).permutation(rows)[:val_samples])
 
 
 def with_system_prompt(messages: list[dict], system_prompt: str | None) -> list[dict]:

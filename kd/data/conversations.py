@@ -6,18 +6,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from kd.data.base import SPLITS, DataConfig, validation_choice
+from kd.data.base import SPLITS
 from kd.data.images import ImageLoader
 from kd.data.messages import Parsed, images_first, parse_conversation
-from kd.data.rows import TableRows, column
-from kd.data.tables import ArrowTable, Table, open_table
+from kd.data.rows import TableRows, column, validation_choice
+from kd.data.streamed import StreamableConfig
+from kd.data.tables import Table
 from kd.types import UserError
 
 
 @dataclass
-class ConversationsConfig(DataConfig):
+class ConversationsConfig(StreamableConfig):
     """Rows with a `messages` column; the last assistant turn is learnt, the others are context."""
 
     path: str = ""
@@ -65,13 +64,23 @@ class ConversationsConfig(DataConfig):
         """Rows of split `train` or `validation`; UserError where the data is not there."""
         self.validate()
         assert split in SPLITS, split
-        if not self.has_own_validation:
-            return self._held_out(split)
-        if split == "train":
-            table = self._open(self.path, self.split)
-            return self._rows(table, np.arange(len(table)))
-        table = self._open(self.validation_path or self.path, self.validation_split or self.split)
-        return self._rows(table, validation_choice(np.arange(len(table)), self.val_samples))
+        if self.has_own_validation:
+            training = split == "train"
+            path = self.path if training else self.validation_path or self.path
+            table = self._open(
+                path, self.split if training else self.validation_split or self.split
+            )
+        else:
+            train, held_out = self._open(self.path, self.split).held_out(self.val_fraction)
+            table = train if split == "train" else held_out
+            if len(held_out) == 0 and split == "validation":
+                raise UserError(
+                    f"data.val_fraction {self.val_fraction} of {len(train)} rows leaves no row to "
+                    "validate on. Raise it, or set data.validation_path or data.validation_split."
+                )
+        if split == "validation":
+            table = validation_choice(table, self.val_samples)
+        return self._rows(table)
 
     def parse(self, row: dict[str, Any]) -> Parsed:
         """The conversation in a row; RowError with what is wrong."""
@@ -87,26 +96,17 @@ class ConversationsConfig(DataConfig):
         """Whether the validation rows are others than those held out of `path`."""
         return self.validation_path is not None or self.validation_split is not None
 
-    def _held_out(self, split: str) -> TableRows:
-        table = self._open(self.path, self.split)
-        count = round(self.val_fraction * len(table))
-        order = np.random.default_rng(0).permutation(len(table))
-        if split == "train":
-            return self._rows(table, np.sort(order[count:]))
-        if count == 0:
-            raise UserError(
-                f"data.val_fraction {self.val_fraction} of {len(table)} rows leaves no row to "
-                f"validate on. Raise it, or set data.validation_path or data.validation_split."
-            )
-        return self._rows(table, validation_choice(np.sort(order[:count]), self.val_samples))
-
     def _open(self, path: str, split: str) -> Table:
-        table = open_table(path, split, self.revision)
-        if isinstance(table, ArrowTable):
-            table.require([self.messages_column])
-        return table
+        optional = [self.images_column, self.id_column, self.kind_column]
+        return self.open_table(
+            path,
+            split,
+            self.revision,
+            required=[self.messages_column],
+            optional=[name for name in optional if name is not None],
+        )
 
-    def _rows(self, table: Table, index: np.ndarray) -> TableRows:
+    def _rows(self, table: Table) -> TableRows:
         images = ImageLoader(
             Path(self.image_root) if self.image_root else table.root,
             self.allow_http,
@@ -114,9 +114,8 @@ class ConversationsConfig(DataConfig):
             self.max_image_bytes,
             self.http_timeout_s,
         )
-        return TableRows(
+        return self.make_rows(
             table,
-            index,
             self.parse,
             images,
             id_column=self.id_column,

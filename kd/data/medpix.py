@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from kd.data.base import SPLITS, DataConfig, RowError, validation_choice
+from kd.data.base import SPLITS, RowError
 from kd.data.images import ImageLoader
 from kd.data.messages import Parsed
-from kd.data.rows import TableRows, column
-from kd.data.tables import load_hub
+from kd.data.rows import TableRows, column, validation_choice
+from kd.data.streamed import StreamableConfig
 
 
 @dataclass
-class MedPixConfig(DataConfig):
+class MedPixConfig(StreamableConfig):
     """A table of image, question and answer, on the hub or in a folder of the same layout."""
 
     path: str = "mmoukouba/MedPix-VQA"
@@ -37,15 +34,14 @@ class MedPixConfig(DataConfig):
         assert split in SPLITS, split
         training = split == "train"
         source_split = self.train_split if training else self.validation_split
-        table = load_hub(self.path, source_split, self.revision)
-        table.require([self.image_column, self.question_column, self.answer_column])
-        index = np.arange(len(table))
+        columns = [self.image_column, self.question_column, self.answer_column]
+        table = self.open_table(self.path, source_split, self.revision, columns, [])
         if not training:
-            index = validation_choice(index, self.val_samples)
+            table = validation_choice(table, self.val_samples)
         images = ImageLoader(
-            Path(table.root), False, self.max_image_pixels, self.max_image_bytes, timeout_s=1.0
+            table.root, False, self.max_image_pixels, self.max_image_bytes, timeout_s=1.0
         )
-        return TableRows(table, index, self.parse, images, system_prompt=self.system_prompt)
+        return self.make_rows(table, self.parse, images, system_prompt=self.system_prompt)
 
     def parse(self, row: dict[str, Any]) -> Parsed:
         """Image, then question; RowError where a part of the row is missing."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from kd.data.base import DataConfig, Rows, with_system_prompt
-from kd.data.sampler import Epochs, Order
+from kd.data.sampler import order_of
 from kd.types import Rejected, Sample, UserError
 
 BLOCK = 4096
@@ -167,6 +167,11 @@ class MixedRows:
         messages = with_system_prompt(row.messages, self.system_prompt)
         return dataclasses.replace(row, id=row_id, messages=messages, kind=kind, dataset=name)
 
+    def order(self, seed: int, shuffle: bool, stream: tuple[int, ...]) -> MixedOrder:
+        """See `sampler.OrderedRows`. A mixture is no part of another: it has one stream."""
+        assert not stream
+        return MixedOrder(self, seed, shuffle)
+
 
 class MixedOrder:
     """Slots filled from data sets drawn by weight, each read in epochs of its own."""
@@ -177,8 +182,8 @@ class MixedOrder:
         self.firsts = rows.ends - rows.sizes
         self.limits = np.cumsum(rows.weights) / np.sum(rows.weights)
         self.epochs = [
-            Epochs(size, seed=seed, shuffle=shuffle and shuffled, stream=(ROWS_STREAM, i))
-            for i, (size, shuffled) in enumerate(zip(rows.sizes, rows.shuffles, strict=True))
+            order_of(part, seed, shuffle and shuffled, (ROWS_STREAM, i))
+            for i, (part, shuffled) in enumerate(zip(rows.parts, rows.shuffles, strict=True))
         ]
         self._before = [np.zeros(len(rows.parts), dtype=np.int64)]
         """Per block, the rows that each data set has given before it."""
@@ -223,13 +228,6 @@ class MixedOrder:
         """Which data set fills each slot of a block."""
         u = np.random.default_rng([self.seed, block, DRAWS_STREAM]).random(BLOCK)
         return np.searchsorted(self.limits[:-1], u, side="right")
-
-
-def order_of(rows: Rows, seed: int, shuffle: bool) -> Order:
-    """In which order rows are trained on."""
-    if isinstance(rows, MixedRows):
-        return MixedOrder(rows, seed, shuffle)
-    return Epochs(len(rows), seed=seed, shuffle=shuffle)
 
 
 def sizes_of(rows: Rows) -> list[int]:

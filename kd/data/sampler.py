@@ -8,11 +8,14 @@ accumulation, and the whole state is one integer: the slots handed out.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sized
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
+
+BLOCK_DRAWS, WINDOW_DRAWS = 4, 5
+"""Of the seed, beside the streams: what is drawn by it must not hang together."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,90 @@ class Epochs:
         if not self.shuffle:
             return np.arange(self.num_rows)
         return np.random.default_rng([self.seed, epoch, *self.stream]).permutation(self.num_rows)
+
+
+class BlockEpochs:
+    """As `Epochs`, of rows in blocks, of which few are needed at a time.
+
+    Blocks that follow each other in an epoch's order of them make a window of about `window_rows`,
+    and its rows are permuted. `expect` is told of the blocks of a window and of the next one.
+    """
+
+    def __init__(
+        self,
+        sizes: np.ndarray,
+        *,
+        seed: int,
+        shuffle: bool,
+        window_rows: int,
+        stream: tuple[int, ...] = (),
+        expect: Callable[[np.ndarray], None],
+    ):
+        self.sizes, self.num_rows = sizes, int(sizes.sum())
+        self.first_rows = np.cumsum(sizes) - sizes
+        self.seed, self.shuffle, self.stream = seed, shuffle, stream
+        self.window_rows, self.expect = window_rows, expect
+        self._epoch, self._windows = -1, list[np.ndarray]()
+        self._start, self._rows = 0, np.empty(0, dtype=np.int64)
+
+    def row(self, slot: int) -> int:
+        """The row in a slot of the endless stream."""
+        epoch, place = divmod(slot, self.num_rows)
+        if epoch != self._epoch or not 0 <= place - self._start < len(self._rows):
+            self._enter(epoch, place)
+        return int(self._rows[place - self._start])
+
+    def metrics(self, position: int) -> dict[str, float]:
+        """Nothing."""
+        return {}
+
+    def _enter(self, epoch: int, place: int) -> None:
+        """Have the rows of the window that the place is in."""
+        if epoch != self._epoch:
+            self._epoch, self._windows = epoch, self._cut(epoch)
+        ends = np.cumsum([self.sizes[blocks].sum() for blocks in self._windows])
+        number = int(np.searchsorted(ends, place, side="right"))
+        blocks = self._windows[number]
+        last = number + 1 == len(self._windows)
+        following = self._cut(epoch + 1)[0] if last else self._windows[number + 1]
+        self.expect(np.concatenate([blocks, following]))
+        rows = [self.first_rows[block] + np.arange(self.sizes[block]) for block in blocks]
+        self._rows = np.concatenate(rows)
+        self._start = int(ends[number]) - len(self._rows)
+        if self.shuffle:
+            self._rows = self._random(epoch, number, WINDOW_DRAWS).permutation(self._rows)
+
+    def _cut(self, epoch: int) -> list[np.ndarray]:
+        """The windows of an epoch: a block is of the one that its first row falls into."""
+        order = np.arange(len(self.sizes))
+        if self.shuffle:
+            order = self._random(epoch, BLOCK_DRAWS).permutation(order)
+        starts = np.cumsum(self.sizes[order]) - self.sizes[order]
+        changes = np.flatnonzero(np.diff(starts // self.window_rows)) + 1
+        return np.split(order, changes)
+
+    def _random(self, epoch: int, *purpose: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, epoch, *self.stream, *purpose])
+
+
+@runtime_checkable
+class OrderedRows(Protocol):
+    """Rows that are not read in any order."""
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        ...
+
+    def order(self, seed: int, shuffle: bool, stream: tuple[int, ...]) -> Order:
+        """The order that they are read in; other for another `stream`."""
+        ...
+
+
+def order_of(rows: Sized, seed: int, shuffle: bool, stream: tuple[int, ...] = ()) -> Order:
+    """In which order rows are trained on."""
+    if isinstance(rows, OrderedRows):
+        return rows.order(seed, shuffle, stream)
+    return Epochs(len(rows), seed=seed, shuffle=shuffle, stream=stream)
 
 
 class TrainSampler:

@@ -13,8 +13,8 @@ import torch
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from kd.data.base import Rows
-from kd.data.mixture import order_of, sizes_of
-from kd.data.sampler import Split, TrainSampler, ValidationSampler
+from kd.data.mixture import sizes_of
+from kd.data.sampler import Split, TrainSampler, ValidationSampler, order_of
 from kd.types import Batch, Inputs, Rejected, Sample, UserError
 
 T = TypeVar("T")
@@ -110,7 +110,7 @@ def _load(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
         loader = StatefulDataLoader(
-            rows,  # type: ignore[arg-type]
+            _Reader(rows),  # type: ignore[arg-type]
             batch_sampler=sampler,
             num_workers=num_workers,
             collate_fn=_Packer(collate),
@@ -119,7 +119,7 @@ def _load(
             # Its own generator: the default would advance torch's global random state here.
             generator=torch.Generator(),
         )
-    return (packet.content for packet in loader)
+    return _Contents(iter(loader))
 
 
 def _worker_context() -> ForkServerContext:
@@ -130,10 +130,26 @@ def _worker_context() -> ForkServerContext:
 
 
 @dataclass
+class _Reader:
+    """Rows as they are read by a worker, which would wrap an error in a traceback."""
+
+    rows: Rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitems__(self, numbers: list[int]) -> list[Sample | Rejected] | UserError:
+        try:
+            return [self.rows[number] for number in numbers]
+        except UserError as error:
+            return error
+
+
+@dataclass
 class _Packet(Generic[T]):
     """What travels from a worker. The loader pins what has this method, and no other class."""
 
-    content: T
+    content: T | UserError
 
     def pin_memory(self) -> _Packet[T]:
         return _Packet(_pinned(self.content) if isinstance(self.content, Batch) else self.content)
@@ -143,8 +159,24 @@ class _Packet(Generic[T]):
 class _Packer(Generic[T]):
     collate: Collate[T]
 
-    def __call__(self, rows: list[Sample | Rejected]) -> _Packet[T]:
-        return _Packet(self.collate(rows))
+    def __call__(self, rows: list[Sample | Rejected] | UserError) -> _Packet[T]:
+        return _Packet(rows if isinstance(rows, UserError) else self.collate(rows))
+
+
+@dataclass
+class _Contents(Generic[T]):
+    """What a loader's packets hold; a UserError that came in one is raised here."""
+
+    packets: Iterator[_Packet[T]]
+
+    def __iter__(self) -> Iterator[T]:
+        return self
+
+    def __next__(self) -> T:
+        content = next(self.packets).content
+        if isinstance(content, UserError):
+            raise content
+        return content
 
 
 def _pinned(batch: Batch) -> Batch:

@@ -38,8 +38,49 @@ class Table(Protocol):
         """Where the row is, in words its owner can find it by."""
         ...
 
+    def held_out(self, fraction: float) -> tuple[Table, Table]:
+        """The rows to train on, and about `fraction` of all to validate on: always the same."""
+        ...
 
-class JsonLines:
+    def sample(self, count: int) -> Table:
+        """A fixed random choice of `count` rows, in their order."""
+        ...
+
+
+class RandomAccess:
+    """Chooses single rows: any is as quick to reach as the next."""
+
+    def held_out(self: Table, fraction: float) -> tuple[Table, Table]:
+        """See `Table`."""
+        count = round(fraction * len(self))
+        order = np.random.default_rng(0).permutation(len(self))
+        return Selection(self, np.sort(order[count:])), Selection(self, np.sort(order[:count]))
+
+    def sample(self: Table, count: int) -> Table:
+        """See `Table`."""
+        order = np.random.default_rng(0).permutation(len(self))
+        return Selection(self, np.sort(order[:count]))
+
+
+class Selection(RandomAccess):
+    """The rows `index` of a table."""
+
+    def __init__(self, table: Table, index: np.ndarray):
+        self.table, self.index, self.root = table, index, table.root
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def row(self, index: int) -> dict[str, Any]:
+        """See `Table`."""
+        return self.table.row(int(self.index[index]))
+
+    def row_id(self, index: int) -> str:
+        """See `Table`."""
+        return self.table.row_id(int(self.index[index]))
+
+
+class JsonLines(RandomAccess):
     """Files of one JSON object per line. Only where the lines start is kept in memory.
 
     Not an Arrow table: turns whose content is text here and a list there have no common type.
@@ -73,7 +114,7 @@ class JsonLines:
         return f"{self.files[self.file_of[index]].name}:{self.lines[index]}"
 
 
-class ArrowTable:
+class ArrowTable(RandomAccess):
     """A data set in Arrow form, mapped into memory rather than read."""
 
     def __init__(self, dataset: Dataset, name: str, root: Path):
@@ -92,24 +133,32 @@ class ArrowTable:
         """Name and number, counted from 0."""
         return f"{self.name}:{index}"
 
-    def require(self, columns: list[str]) -> None:
-        """UserError unless all `columns` are there."""
-        missing = [column for column in columns if column not in self.dataset.column_names]
-        if missing:
-            raise UserError(
-                f"Data set {self.name} has no column {', '.join(missing)}; "
-                f"it has {', '.join(self.dataset.column_names)}. Set the column names under data."
-            )
+
+def require_columns(wanted: list[str], present: list[str], name: str) -> None:
+    """UserError unless all `wanted` columns are there."""
+    missing = [column for column in wanted if column not in present]
+    if missing:
+        raise UserError(
+            f"Data set {name} has no column {', '.join(missing)}; "
+            f"it has {', '.join(present)}. Set the column names under data."
+        )
 
 
-def open_table(path: str, split: str, revision: str | None) -> Table:
+def is_named(path: str) -> bool:
+    """Whether `path` is a folder or the name of a hub data set, either of which has splits."""
+    hub_name = HUB_NAME.fullmatch(path) and Path(path).suffix not in FILE_SUFFIXES
+    return Path(path).is_dir() or bool(hub_name and not Path(path).exists())
+
+
+def open_table(path: str, split: str, revision: str | None, required: list[str]) -> Table:
     """The rows of a .jsonl or .parquet file, a glob of such, a folder, or a hub data set.
 
-    `split` and `revision` are for folders and the hub. Raises UserError where there is nothing.
+    `split` and `revision` are for folders and the hub. Raises UserError where there is nothing, or
+    where a table lacks one of the `required` columns.
     """
-    hub_name = HUB_NAME.fullmatch(path) and Path(path).suffix not in FILE_SUFFIXES
-    if Path(path).is_dir() or (hub_name and not Path(path).exists()):
-        return load_hub(path, split, revision)
+    if is_named(path):
+        root = Path(path) if Path(path).is_dir() else Path()
+        return _load(path, path, root, split, required, revision=revision)
     files = [Path(path)] if Path(path).is_file() else [Path(p) for p in sorted(glob.glob(path))]
     if not files:
         raise UserError(
@@ -119,16 +168,11 @@ def open_table(path: str, split: str, revision: str | None) -> Table:
     if suffixes == {".jsonl"}:
         return JsonLines(files)
     if suffixes == {".parquet"}:
-        return _load("parquet", path, files[0].parent, "train", data_files=[str(f) for f in files])
+        names = [str(file) for file in files]
+        return _load("parquet", path, files[0].parent, "train", required, data_files=names)
     raise UserError(
         f"The data at '{path}' is {', '.join(sorted(suffixes))}; it can be .jsonl or .parquet."
     )
-
-
-def load_hub(path: str, split: str, revision: str | None) -> ArrowTable:
-    """A hub data set, or a local folder laid out as one; UserError where it cannot be had."""
-    root = Path(path) if Path(path).is_dir() else Path()
-    return _load(path, path, root, split, revision=revision)
 
 
 def _load(
@@ -136,6 +180,7 @@ def _load(
     name: str,
     root: Path,
     split: str,
+    required: list[str],
     *,
     revision: str | None = None,
     data_files: list[str] | None = None,
@@ -147,12 +192,19 @@ def _load(
     try:
         dataset = load_dataset(builder, split=split, revision=revision, data_files=data_files)
     except (OSError, ValueError, DatasetsError) as error:
-        at = f" at revision {revision}" if revision else ""
-        raise UserError(
-            f"Cannot load split '{split}' of data set '{name}'{at}: {str(error).splitlines()[0]}. "
-            f"Check the name and the network, or set data.path to a local copy."
-        ) from error
-    return ArrowTable(dataset, Path(name).name if root != Path() else name, root)
+        raise cannot_load(name, split, revision, error) from error
+    name = Path(name).name if root != Path() else name
+    require_columns(required, dataset.column_names, name)
+    return ArrowTable(dataset, name, root)
+
+
+def cannot_load(name: str, split: str, revision: str | None, error: Exception) -> UserError:
+    """What to tell where a data set with splits cannot be had."""
+    at = f" at revision {revision}" if revision else ""
+    return UserError(
+        f"Cannot load split '{split}' of data set '{name}'{at}: {str(error).splitlines()[0]}. "
+        f"Check the name and the network, or set data.path to a local copy."
+    )
 
 
 def _line_starts(path: Path) -> tuple[np.ndarray, np.ndarray]:
