@@ -30,7 +30,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -41,7 +41,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor, Partial, Shard
 from torch.optim import Optimizer
 
-from kd.parallel import World
+from kd.parallel import World, local
 from kd.types import UserError
 
 log = logging.getLogger("kd")
@@ -257,16 +257,17 @@ def _state(student: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Any], in
     return {"student": student_state, "optimizer": optimizer_state}, _sum_of_bits(frozen)
 
 
-def _sum_of_bits(weights: list[DTensor]) -> int:
+def _sum_of_bits(weights: list[Tensor]) -> int:
     """The same however they are sharded: over the shards of one copy of the model, not of all."""
     if not weights:
         return 0
     # Piece by piece: a sum of int16 in int64 begins by copying all of it as int64.
-    pieces = (p for w in weights for p in w.to_local().view(torch.int16).flatten().split(2**20))
-    sums = [piece.sum(dtype=torch.int64) for piece in pieces]
-    placements = [Partial() if isinstance(p, Shard) else p for p in weights[0].placements]
-    total = DTensor.from_local(torch.stack(sums).sum(), weights[0].device_mesh, placements)
-    return int(total.full_tensor())
+    pieces = (p for w in weights for p in local(w).view(torch.int16).flatten().split(2**20))
+    total = torch.stack([piece.sum(dtype=torch.int64) for piece in pieces]).sum()
+    if isinstance(weights[0], DTensor):
+        placements = [Partial() if isinstance(p, Shard) else p for p in weights[0].placements]
+        total = DTensor.from_local(total, weights[0].device_mesh, placements).full_tensor()
+    return int(total)
 
 
 def _own_copy(state: Any) -> Any:

@@ -14,16 +14,16 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from kd.activations import kept_bytes
 from kd.config import VlmKDConfig
 from kd.model import FrozenVLM, Student
 from kd.objective_loop import default_budget_mib
-from kd.parallel import DTYPES, ParallelConfig, World, blocks
+from kd.parallel import DTYPES, ParallelConfig, World, blocks, local
 from kd.teacher import LocalTeacherConfig
 
 GIB = 2**30
@@ -34,6 +34,8 @@ class Sizes:
     """Of a model that is sharded over the ranks of a config."""
 
     whole: Whole
+    gathered: int
+    """Numbers that FSDP2 makes whole at once."""
     weights: int
     """Bytes of a rank."""
     trained: int
@@ -109,17 +111,17 @@ def measure(config: VlmKDConfig) -> tuple[Sizes, Sizes | None]:
         student.freeze(config.student.freeze)
         student.adapt(config.student.lora, config.run.seed)
         whole = Whole.of(model)
-        student.distribute(world, config.parallel)
+        student.place(world, config.parallel, cpu_offload=config.parallel.cpu_offload)
         # Also checks the optimizer's choices.
         config.optim.build(student, config.train.max_steps)
         trained = sum(local(p).numel() for p in student.parameters() if p.requires_grad)
-        mine = Sizes(whole, local_bytes(student), trained, *kept)
+        mine = Sizes(whole, whole.gathered_by(student), local_bytes(student), trained, *kept)
         if not isinstance(config.asked_teacher, LocalTeacherConfig):
             return mine, None
         model = config.asked_teacher.meta_model()
         whole, vlm = Whole.of(model), FrozenVLM(model)
-        vlm.distribute(world, config.parallel)
-        return mine, Sizes(whole, local_bytes(vlm), 0, 0, 0)
+        vlm.place(world, config.parallel, cpu_offload=config.asked_teacher.cpu_offload)
+        return mine, Sizes(whole, whole.gathered_by(vlm), local_bytes(vlm), 0, 0, 0)
 
 
 def footprint(config: VlmKDConfig, student: Sizes, teacher: Sizes | None) -> Plan:
@@ -127,6 +129,7 @@ def footprint(config: VlmKDConfig, student: Sizes, teacher: Sizes | None) -> Pla
     train, parallel = config.train, config.parallel
     compute_bytes = DTYPES[parallel.compute_dtype].itemsize
     accumulates = train.grad_accum != 1 and not parallel.sync_every_micro_batch
+    accumulates &= student.gathered > 0  # FSDP2 keeps them beside the shards, and only there
     unsharded = DTYPES[parallel.reduce_dtype].itemsize * student.whole.trained * accumulates
     on_device = not parallel.cpu_offload
     checkpoints = parallel.activation_checkpointing
@@ -145,7 +148,7 @@ def footprint(config: VlmKDConfig, student: Sizes, teacher: Sizes | None) -> Pla
         teacher_weights=0,
         teacher_gathered=0,
         teacher_head=0,
-        gathered=compute_bytes * student.whole.gathered,
+        gathered=compute_bytes * student.gathered,
         activations=kept * tokens,
         # The chunk of logits, and the gradient of a head that is trained in float32.
         loss_buffers=chunk_mib * 2**20 + 4 * student.whole.trained_head,
@@ -157,7 +160,7 @@ def footprint(config: VlmKDConfig, student: Sizes, teacher: Sizes | None) -> Pla
         assert isinstance(asked, LocalTeacherConfig)
         plan.teacher_parameters = teacher.whole.parameters
         plan.teacher_weights = 0 if asked.cpu_offload else teacher.weights
-        plan.teacher_gathered = compute_bytes * teacher.whole.gathered
+        plan.teacher_gathered = compute_bytes * teacher.gathered
         plan.teacher_head = compute_bytes * teacher.whole.head
         plan.teacher_leaves = asked.offload
     return plan
@@ -183,10 +186,9 @@ class Whole:
     head: int
     trained_head: int
 
-    @property
-    def gathered(self) -> int:
+    def gathered_by(self, placed: nn.Module) -> int:
         """Whole on a rank at once: the root, a block, and the one that is gathered meanwhile."""
-        return self.root + 2 * self.largest_block
+        return (self.root + 2 * self.largest_block) * isinstance(placed, FSDPModule)
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Whole:
@@ -206,11 +208,6 @@ class Whole:
             head.numel(),
             head.numel() * head.requires_grad,
         )
-
-
-def local(parameter: Tensor) -> Tensor:
-    """The part of a rank."""
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 def local_bytes(module: nn.Module) -> int:

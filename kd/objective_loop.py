@@ -271,13 +271,21 @@ class _FusedHead(torch.autograd.Function):
                 "forward. Call backward without create_graph=True."
             )
         scale = grad_outputs[0] / ctx.num_targets
+        sums = ctx.saved_tensors
+        ctx.maybe_clear_saved_tensors()  # autograd adds in place to what nobody else holds
+        reusable = not torch._C._autograd._get_current_graph_task_keep_graph()
         grads = (
-            None
-            if sum_ is None
-            else torch.mul(sum_, scale, out=torch.empty_like(sum_, dtype=dtype))
-            for sum_, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+            None if x is None else _scaled(x, scale, dtype, in_place=reusable)
+            for x, dtype in zip(sums, ctx.dtypes, strict=True)
         )
         return *grads, None, None, None, None, None, None
+
+
+def _scaled(x: Tensor, scale: Tensor, dtype: torch.dtype, *, in_place: bool) -> Tensor:
+    """`x * scale` rounded to `dtype` once; a head's sums are as large as its weight."""
+    if in_place and x.dtype == dtype:
+        return x.mul_(scale)
+    return torch.mul(x, scale, out=torch.empty_like(x, dtype=dtype))
 
 
 def chunked_objective(

@@ -63,7 +63,7 @@ class OptimConfig:
             lr=self.lr,
             betas=(self.betas[0], self.betas[1]),
             eps=self.eps,
-            fused=trained[0].device.type == "cuda",
+            fused=trained[0].device.type != "meta",  # no temporaries as large as the weights
         )
         return optimizer, LambdaLR(optimizer, self.lr_factor(max_steps))
 

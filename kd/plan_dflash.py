@@ -8,9 +8,9 @@ from rich.table import Table
 
 from kd.config_dflash import DFlashConfig
 from kd.dflash import Draft, Target
-from kd.footprint import GIB, Whole, local, local_bytes, pretend_ranks
+from kd.footprint import GIB, Whole, local_bytes, pretend_ranks
 from kd.objective_loop import default_budget_mib
-from kd.parallel import DTYPES
+from kd.parallel import DTYPES, local
 
 
 def print_plan(config: DFlashConfig) -> None:
@@ -23,7 +23,7 @@ def print_plan(config: DFlashConfig) -> None:
         draft_config = config.draft.resolve(model.config, vocab, mask_token_id=0)
         whole = Whole.of(model)
         target = Target(model, draft_config.dflash_config["target_layer_ids"])
-        target.distribute(world, parallel)
+        target.place(world, parallel, cpu_offload=config.target.cpu_offload)
         draft = Draft(draft_config).to("meta")
         draft_parameters = sum(p.numel() for p in draft.parameters())
         draft.distribute(world, parallel)
@@ -33,7 +33,7 @@ def print_plan(config: DFlashConfig) -> None:
         num_tokens = config.train.micro_batch_size * config.data.max_length
         sizes = {
             "target weights (sharded)": 0 if config.target.cpu_offload else local_bytes(target),
-            "gathered blocks, embeddings and heads": compute_bytes * whole.gathered,
+            "gathered blocks, embeddings and heads": compute_bytes * whole.gathered_by(target),
             "draft weights (float32, sharded)": local_bytes(draft),
             "gradients": 4 * (trained + draft_parameters),
             "optimizer (AdamW, sharded)": 8 * trained,

@@ -78,7 +78,7 @@ class DFlash:
         draft = Draft(cfg.draft.resolve(model.config, vocab, mask))
         draft.init_weights(cfg.draft.seed)
         target = Target(model, draft.target_layer_ids, cfg.draft.embed_key, cfg.draft.lm_head_key)
-        target.distribute(world, cfg.parallel, cpu_offload=cfg.target.cpu_offload)
+        target.place(world, cfg.parallel, cpu_offload=cfg.target.cpu_offload)
         draft.distribute(world, cfg.parallel, cpu_offload=cfg.parallel.cpu_offload)
         return target, draft
 

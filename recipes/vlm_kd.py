@@ -60,7 +60,7 @@ class VlmKD:
         self.student.adapt(cfg.student.lora, cfg.run.seed)
         if cfg.parallel.activation_checkpointing:
             self.student.checkpoint_activations()
-        self.student.distribute(world, cfg.parallel, cpu_offload=cfg.parallel.cpu_offload)
+        self.student.place(world, cfg.parallel, cpu_offload=cfg.parallel.cpu_offload)
         student_vocab = model.get_output_embeddings().out_features
         self.teacher = cfg.asked_teacher.build_teacher(
             self.teacher_processor, world, cfg.parallel, student_vocab
@@ -277,7 +277,7 @@ class VlmKD:
                 with timer("teacher"):
                     targets = self.judge.targets(batch)
                 last = i == len(batches) - 1
-                self.student.set_requires_gradient_sync(last or cfg.parallel.sync_every_micro_batch)
+                self.student.sync_gradients(last or cfg.parallel.sync_every_micro_batch)
                 with timer("student"):
                     out = self.student.distill(batch, targets, *counts.divisors)
                 with timer("backward"):

@@ -9,7 +9,7 @@ which every second one has an image. Everything is fp32, the vision tower is fro
 recomputed. All variants train the same weights on the same rows with the same optimizer, so the
 losses that they print must agree, step after step. What differs is how the loss is come by:
 
-- ours: the lines of `VlmKD.train_step`, on FSDP2 models, also with a smaller `loss.chunk_mib`;
+- ours: the lines of `VlmKD.train_step`, models placed as there; also with smaller chunks;
 - TRL GOLD: `GOLDTrainer.compute_loss` as installed (trl/experimental/gold/gold_trainer.py): all
   logits of both models, log-softmax and divergence of every place, then the mask;
 - TRL Distillation: `DistillationTrainer._compute_loss` as installed
@@ -184,7 +184,7 @@ def ours(case: Case, chunk_mib: int | None = None) -> Variant:
     student = Student(case.student, ForwardKLConfig(chunk_mib=chunk_mib).build(case.kd_ratio))
     frozen = FrozenVLM(case.teacher)
     for model in (student, frozen):
-        model.distribute(case.world, parallel(case))
+        model.place(case.world, parallel(case))
     teacher, batch = LocalTeacher(frozen), case.batch
 
     def loss() -> Tensor:
@@ -196,7 +196,7 @@ def ours(case: Case, chunk_mib: int | None = None) -> Variant:
 
 def ours_small(case: Case) -> Variant:
     """With `loss.chunk_mib` below its default of 256 on a CPU."""
-    return ours(case, 32)
+    return ours(case, 96)
 
 
 def distribute(case: Case) -> None:
@@ -319,13 +319,13 @@ def prompts_and_completions(case: Case) -> dict[str, Tensor]:
 
 VARIANTS: dict[str, Callable[[Case], Variant]] = {
     "ours": ours,
-    "ours, chunks of 32 MiB": ours_small,
+    "ours, chunks of 96 MiB": ours_small,
     "TRL Distillation": trl_distillation,
     "TRL GOLD": trl_gold,
     "NeMo Automodel, re-stated": nemo,
     "whole logits": whole_logits,
 }
-OWN = ("ours", "ours, chunks of 32 MiB", "whole logits")
+OWN = ("ours", "ours, chunks of 96 MiB", "whole logits")
 
 
 def make_step(variant: Variant, world: World) -> Callable[[], float]:

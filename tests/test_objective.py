@@ -253,6 +253,17 @@ def test_backward_scales_and_can_be_repeated():
     torch.testing.assert_close(scaled, -3 * once)
 
 
+def test_the_last_backward_scales_the_heads_gradient_in_place():
+    inputs = make_inputs(vocabs=(40_000, 40_000), dtype=torch.float32)
+    out = fused_linear_kd(**inputs)
+    weight = inputs["student_weight"]
+    (kept,) = torch.autograd.grad(out.loss, weight, retain_graph=True)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        (last,) = torch.autograd.grad(out.loss, weight)
+    assert torch.equal(last, kept)
+    assert max(op.self_cpu_memory_usage for op in profile.key_averages()) < weight.nbytes
+
+
 def test_tied_head_adds_to_the_embedding():
     inputs = make_inputs(vocabs=(VS, VS))
     ids = torch.arange(N) % VS

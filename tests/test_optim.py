@@ -56,3 +56,14 @@ def test_one_step_is_adamw_of_the_paper():
     # Bias-corrected moments of the first step are the gradient and its square.
     expected = before * (1 - 0.1 * 0.3) - 0.1 * gradient / (gradient.abs() + 1e-8)
     torch.testing.assert_close(model.weight.detach(), expected)
+
+
+def test_a_step_needs_no_memory_of_its_own():
+    model = nn.Linear(300, 200)
+    optimizer, _ = OptimConfig().build(model, 1)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()  # makes the moments
+    with torch.profiler.profile(profile_memory=True) as profile:
+        optimizer.step()
+    assert max(op.self_cpu_memory_usage for op in profile.key_averages()) < model.weight.nbytes

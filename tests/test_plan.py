@@ -51,6 +51,18 @@ def test_a_large_model_on_gpus_of_two_sizes(capsys, monkeypatch):
     assert "does not fit; what would: not even 2 GPUs of this size, student.lora.rank=16" in printed
 
 
+@pytest.mark.parametrize(
+    ("overrides", "none"),
+    [([], True), (["parallel.compute_dtype=bfloat16"], False), (["parallel.nproc=2"], False)],
+    ids=str,
+)
+def test_alone_in_one_precision_nothing_is_gathered(kd_main, capsys, overrides, none):
+    kd_main("--config-name", "digits_teacher", "dry_run=true", *overrides)
+    gathered = re.search(r"gathered.*?([\d.]+) GiB", capsys.readouterr().out)
+    assert gathered is not None
+    assert (gathered[1] == "0.00") == none
+
+
 def test_the_largest_micro_batch_divides_the_rows_of_a_rank():
     sizes = [10, 20, 30, 45, 80]
 

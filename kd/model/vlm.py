@@ -24,7 +24,7 @@ from kd.model.lora import Adapters, LoRAConfig
 from kd.model.packing import row_positions
 from kd.model.parts import find_part
 from kd.objective import KDOutput
-from kd.parallel import ParallelConfig, World, shard
+from kd.parallel import ParallelConfig, World, compile_blocks, needs_fsdp, shard
 from kd.types import Batch, DenseTargets, Inputs, TeacherTargets, UserError
 
 Objective = Callable[
@@ -53,6 +53,14 @@ class VLM(nn.Module):
         self.lockstep = world.size > 1
         for method in self.forward_methods:
             register_fsdp_forward_method(self, method)
+
+    def place(self, world: World, config: ParallelConfig, *, cpu_offload: bool = False) -> None:
+        """Move to the device; and `distribute`, unless that would do no more than copy weights."""
+        if needs_fsdp(self.model, world, config, cpu_offload=cpu_offload):
+            self.distribute(world, config, cpu_offload=cpu_offload)
+            return
+        compile_blocks(self.model, config)
+        self.to(world.device)
 
     def _hidden(self, inputs: Inputs) -> Tensor:
         """The last hidden states [N, D] of the target rows; no logits are computed."""
@@ -223,6 +231,11 @@ class Student(VLM):
             return self.objective(
                 hidden_ND, head.weight, head.bias, batch.labels_N, targets, *counts
             )
+
+    def sync_gradients(self, wanted: bool) -> None:
+        """Whether the backwards from now on reduce gradients over the ranks."""
+        if isinstance(self, FSDPModule):  # its class, once sharded
+            self.set_requires_gradient_sync(wanted)
 
     def freeze(self, parts: list[str]) -> None:
         """Exclude parts (see `find_part`); before `distribute`, as FSDP reads requires_grad."""

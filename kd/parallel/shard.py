@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -18,6 +18,7 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -58,9 +59,7 @@ def shard(
     )
     offload = offload_policy(world, cpu_offload)
     groups = blocks(model)
-    if config.compile:
-        for block in blocks(model.get_decoder()):
-            _compile(block)
+    compile_blocks(model, config)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if embedding.weight is not head.weight:
         groups.append(embedding)
@@ -72,9 +71,32 @@ def shard(
         set_model_state_dict(root, full, options=options)
 
 
+def needs_fsdp(
+    model: PreTrainedModel, world: World, config: ParallelConfig, *, cpu_offload: bool
+) -> bool:
+    """Whether there is something to share out, to cast or to keep in host memory.
+
+    If not, FSDP2 would hold a second copy of what it gathers: of the head, above all.
+    """
+    dtype = DTYPES[config.compute_dtype]
+    return world.mesh.size() > 1 or cpu_offload or any(p.dtype != dtype for p in model.parameters())
+
+
 def offload_policy(world: World, cpu_offload: bool) -> OffloadPolicy:
     """Of FSDP2: shards in host memory, or on the device."""
     return CPUOffloadPolicy(world.device.type == "cuda") if cpu_offload else OffloadPolicy()
+
+
+def local(parameter: Tensor) -> Tensor:
+    """The part of this rank."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def compile_blocks(model: PreTrainedModel, config: ParallelConfig) -> None:
+    """Those of the language model, if the config asks for it."""
+    if config.compile:
+        for block in blocks(model.get_decoder()):
+            _compile(block)
 
 
 def _compile(block: nn.Module) -> None:

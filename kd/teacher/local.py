@@ -63,7 +63,7 @@ class LocalTeacherConfig(PretrainedModel, TeacherConfig):
         """Load and shard; only rank 0 reads the weights."""
         assert processor is not None
         vlm = FrozenVLM(self.build(processor, with_weights=world.is_main))
-        vlm.distribute(world, parallel, cpu_offload=self.cpu_offload)
+        vlm.place(world, parallel, cpu_offload=self.cpu_offload)
         return OffloadedTeacher(vlm, world) if self.offload else LocalTeacher(vlm)
 
     def meta_model(self) -> PreTrainedModel:

@@ -98,6 +98,29 @@ def test_ranks_equal_one_process(train, rows, tmp_path):
     check("sharded")
 
 
+def test_checkpoints_of_one_rank_without_fsdp_are_read_by_two_and_back(train, rows, tmp_path):
+    """In one precision, which one rank does not shard for."""
+    base = [*options(tmp_path, rows), "teacher=none", "kd_ratio=0"]
+    base = [option for option in base if "float64" not in option]
+    one = train(CONFIG, "one", *base, "train.micro_batch_size=4")
+    expected = {key: metrics(one, key) for key in ("train/loss", "train/grad_norm", "val/loss")}
+
+    def check(name: str) -> None:
+        for key in expected:
+            got = metrics(tmp_path / "runs" / name, key)
+            assert got == pytest.approx(expected[key], rel=1e-5), (name, key)
+
+    two = ["parallel.nproc=2", "train.micro_batch_size=2"]
+    ranks("two", *base, *two)
+    check("two")
+    shutil.rmtree(tmp_path / "runs" / "two" / "checkpoints" / "step_000004")
+    train(CONFIG, "two", *base, "train.micro_batch_size=4")
+    check("two")
+    shutil.rmtree(one / "checkpoints" / "step_000004")
+    ranks("one", *base, *two)
+    check("one")
+
+
 ON_POLICY_KEYS = (
     "train/loss",
     "train/ce",

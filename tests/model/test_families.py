@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.functional import cross_entropy
 from transformers import (
     AutoModelForImageTextToText,
@@ -34,7 +35,7 @@ from kd.model import (
     same_rendering,
 )
 from kd.model.parts import parts
-from kd.parallel import ParallelConfig, World
+from kd.parallel import ParallelConfig, World, local, needs_fsdp
 from kd.parallel.shard import blocks
 from kd.types import Batch, Inputs, Rollout, Sample, UserError
 from tests.model.conftest import NONE, ONE, ROWS, TWO, UNREAD, Family, image
@@ -352,6 +353,28 @@ def test_frozen_parts_stay_and_the_rest_is_trained(family: Family, world: World,
     tower = found["vision_tower"][0]
     unread = tuple(f"model.{tower}.{name}" for name in UNREAD.get(family.name, ()))
     assert moved == {name for name in after if name not in frozen and not name.startswith(unread)}
+
+
+def test_alone_in_one_precision_it_is_not_gathered_and_is_the_same(family: Family, world: World):
+    """Every weight is held once: what FSDP2 gathers on one rank would be a copy."""
+    batch, config = family.collator()(ROWS), ParallelConfig(device="cpu")
+    sharded, placed = (Student(family.model(), ForwardKLConfig().build(0.0)) for _ in range(2))
+    sharded.distribute(world, config)
+    placed.place(world, config)
+    assert not any(isinstance(module, FSDPModule) for module in placed.modules())
+    losses = [s.distill(batch, None, batch.num_targets).loss for s in (sharded, placed)]
+    assert torch.equal(*losses)
+    for loss in losses:
+        loss.backward()
+    both = dict(sharded.named_parameters()), dict(placed.named_parameters())
+    assert both[0].keys() == both[1].keys()
+    for name, p in both[0].items():
+        other = both[1][name].grad
+        assert (p.grad is None) == (other is None), name
+        assert other is None or torch.equal(local(p.grad), other), name
+    for dtype, cpu_offload in (("bfloat16", False), ("float32", True)):
+        config = ParallelConfig(device="cpu", compute_dtype=dtype)
+        assert needs_fsdp(placed.model, world, config, cpu_offload=cpu_offload)
 
 
 def test_sharded_it_runs_in_bfloat16(family: Family, world: World):
