@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from enum import Enum
+from enum import IntEnum
 
 import torch
 from PIL import Image
@@ -18,28 +18,35 @@ from rich.text import Text
 from torch import Tensor
 from transformers import ProcessorMixin
 
-from kd.data import Collator, Renderer, Rows
+from kd.data import Collator, Renderer, Rows, ranges_of
 from kd.model import Student
 from kd.parallel import World
 from kd.teacher import BaseTeacher, NoTeacher
-from kd.types import Batch, Sample, TeacherTargets
+from kd.types import Batch, Rejected, Sample, TeacherTargets
 
 ROWS = 4
+ROWS_EACH = 2
+"""Of every data set of a mixture."""
 ROWS_READ = 64
-"""Rows looked through for one with an image."""
+"""Rows of a data set looked through for one with an image."""
 SELF_DIVERGENCE = 1e-3
 """Per token, between a model and itself in the same precision."""
 BLIND = 1e-5
 """A divergence that moves less when all images are wiped is rounding."""
 
 
-class Result(Enum):
-    """Of a check."""
+class Result(IntEnum):
+    """Of a check; what is to be told before the others is greater."""
 
-    passed = "passed"
-    warning = "warning"
-    failed = "failed"
-    skipped = "not asked"
+    skipped = 0
+    passed = 1
+    warning = 2
+    failed = 3
+
+    @property
+    def word(self) -> str:
+        """In the table."""
+        return "not asked" if self is Result.skipped else self.name
 
 
 @dataclass
@@ -54,7 +61,7 @@ class Check:
 
 
 class Doctor:
-    """Runs the checks on a few training rows. All of it is collective."""
+    """Runs the checks on a few training rows of each data set. All of it is collective."""
 
     def __init__(
         self,
@@ -68,29 +75,57 @@ class Doctor:
     ) -> None:
         self.collator, self.student, self.teacher = collator, student, teacher
         self.teacher_sees_new_rows, self.world = teacher_sees_new_rows, world
-        self.samples = _choose(rows)
-        self.batch = collator(self.samples)
+        datasets = ranges_of(rows)
+        number = ROWS if len(datasets) == 1 else ROWS_EACH
+        self.batches = {
+            name: collator(_choose(rows, indices, number)) for name, indices in datasets.items()
+        }
 
     def __call__(self) -> list[Check]:
         """All checks, in the order in which one may explain the next. Randomness is left alone."""
-        if not self.batch.rollouts:
-            reasons = "; ".join(f"{r.id}: {r.reason}" for r in self.batch.rejected[:2])
-            return [Check("rows", Result.warning, f"the first rows are unusable ({reasons})")]
-        checks = [self._labels(), self._end_of_turn(), *self._image_tokens()]
-        if any(check.result is Result.failed for check in checks):
-            return checks
+        found = [(n, check) for n, batch in self.batches.items() for check in self._texts(batch)]
+        if any(check.result is Result.failed for _, check in found):
+            return self._lines(found)
         self.student.eval()
         try:
-            return [*checks, self._self_divergence(), self._sight()]
+            for name, batch in self.batches.items():
+                if batch.rollouts:
+                    found += [(name, self._self_divergence(batch)), (name, self._sight(batch))]
         finally:
             self.student.train()
+        return self._lines(found)
+
+    def _lines(self, found: list[tuple[str, Check]]) -> list[Check]:
+        """One for each check: its worst result, and in which data sets unless it is all."""
+        by_check: dict[str, list[tuple[str, Check]]] = {}
+        for name, check in found:
+            by_check.setdefault(check.name, []).append((name, check))
+        lines = []
+        for checks in by_check.values():
+            worst = max((check for _, check in checks), key=lambda check: check.result)
+            names: dict[str, list[str]] = {}
+            for name, check in checks:
+                if check.result is worst.result:
+                    names.setdefault(check.finding, []).append(name)
+            findings = (
+                finding if len(of) == len(self.batches) else f"in {', '.join(of)}: {finding}"
+                for finding, of in names.items()
+            )
+            lines.append(dataclasses.replace(worst, finding="; ".join(findings)))
+        return lines
 
     # ---- the text --------------------------------------------------------------------------------
 
-    def _labels(self) -> Check:
+    def _texts(self, batch: Batch) -> list[Check]:
+        if not batch.rollouts:
+            reasons = "; ".join(f"{r.id}: {r.reason}" for r in batch.rejected[:2])
+            return [Check("rows", Result.warning, f"the first rows are unusable ({reasons})")]
+        return [self._labels(batch), self._end_of_turn(batch), *self._image_tokens(batch)]
+
+    def _labels(self, batch: Batch) -> Check:
         """The ids that are learnt spell the answer, and end."""
         renderer, lost = self.collator.student, []
-        for rollout in self.batch.rollouts:
+        for rollout in batch.rollouts:
             decoded = renderer.processor.tokenizer.decode(rollout.response_ids[:-1])
             if str(decoded).strip() != (rollout.sample.answer or "").strip():
                 lost.append((rollout.sample.answer, decoded))
@@ -104,11 +139,11 @@ class Doctor:
             "choose another student",
         )
 
-    def _end_of_turn(self) -> Check:
+    def _end_of_turn(self, batch: Batch) -> Check:
         """The chat template closes an answer with the token that responses end with."""
         renderer = self.collator.student
         eos = renderer.processor.tokenizer.eos_token
-        closing = _closing(renderer, self.samples[0])
+        closing = _closing(renderer, batch.samples[0])
         if eos in closing:
             return Check("end of a response", Result.passed, f"{eos}, as in the chat template")
         return Check(
@@ -119,15 +154,15 @@ class Doctor:
             "whose EOS is the end of a turn",
         )
 
-    def _image_tokens(self) -> list[Check]:
+    def _image_tokens(self, batch: Batch) -> list[Check]:
         """Each model's prompts hold tokens for the images of the rows."""
-        images = sum(len(sample.images) for sample in self.batch.samples)
+        images = sum(len(sample.images) for sample in batch.samples)
         if images == 0:
             return [Check("image tokens", Result.skipped, f"no image in {ROWS_READ} rows")]
         checks = []
         sides = zip(("student", "teacher"), self.collator.renderers, strict=False)
         for side, renderer in sides:
-            inputs = self.batch.student if side == "student" else self.batch.teacher
+            inputs = batch.student if side == "student" else batch.teacher
             number = int((inputs.input_ids_BS == feature_token(renderer.processor)).sum())
             finding = f"{number} tokens for {images} images" if number else "none in the prompts"
             fix = "its processor renders no images: give the model's own (processor.name)"
@@ -137,12 +172,13 @@ class Doctor:
 
     # ---- the models ------------------------------------------------------------------------------
 
-    def _self_divergence(self) -> Check:
+    def _self_divergence(self, batch: Batch) -> Check:
         """With itself as the teacher, the student has nothing to learn."""
         name = "teacher = student"
         if isinstance(self.teacher, NoTeacher):
             return Check(name, Result.skipped, "no teacher is compared with")
-        worst = self._divergence(self.student.targets(self._on_device().student)).abs().max().item()
+        targets = self.student.targets(batch.to(self.world.device).student)
+        worst = self._divergence(batch, targets).abs().max().item()
         return Check(
             name,
             Result.passed if worst <= SELF_DIVERGENCE else Result.failed,
@@ -151,17 +187,17 @@ class Doctor:
             "parallel.compute_dtype=float32 or attn_implementation=eager",
         )
 
-    def _sight(self) -> Check:
+    def _sight(self, batch: Batch) -> Check:
         """The teacher's word depends on the images."""
         name = "teacher sees images"
         if isinstance(self.teacher, NoTeacher):
             return Check(name, Result.skipped, "no teacher is compared with")
-        if not any(sample.images for sample in self.batch.samples):
+        if not any(sample.images for sample in batch.samples):
             return Check(name, Result.skipped, f"no image in {ROWS_READ} rows")
         if not self.teacher_sees_new_rows:
             return Check(name, Result.skipped, "a cache knows no other images")
-        wiped = self.collator([_wiped(sample) for sample in self.samples])
-        real, blank = (self._teacher_divergence(batch) for batch in (self.batch, wiped))
+        wiped = self.collator([_wiped(sample) for sample in batch.samples])
+        real, blank = (self._teacher_divergence(batch, shown) for shown in (batch, wiped))
         moved = (real - blank).abs().max().item() if real.shape == blank.shape else float("inf")
         return Check(
             name,
@@ -171,19 +207,17 @@ class Doctor:
             "its server gets images, and teacher.processor",
         )
 
-    def _teacher_divergence(self, batch: Batch) -> Tensor:
-        self.teacher.expect([batch])
-        targets = self.teacher.targets(batch.to(self.world.device))
+    def _teacher_divergence(self, batch: Batch, shown: Batch) -> Tensor:
+        """Of the student on `batch` from the teacher on what it is shown."""
+        self.teacher.expect([shown])
+        targets = self.teacher.targets(shown.to(self.world.device))
         assert targets is not None
-        return self._divergence(targets)
+        return self._divergence(batch, targets)
 
-    def _divergence(self, targets: TeacherTargets) -> Tensor:
+    def _divergence(self, batch: Batch, targets: TeacherTargets) -> Tensor:
         """Of the student on the rows, images and all, from these targets, [N]."""
         with torch.no_grad():
-            return self.student.distill(self._on_device(), targets, 1, None).kd_N
-
-    def _on_device(self) -> Batch:
-        return self.batch.to(self.world.device)
+            return self.student.distill(batch.to(self.world.device), targets, 1, None).kd_N
 
 
 def report(checks: list[Check], world: World) -> None:
@@ -193,7 +227,7 @@ def report(checks: list[Check], world: World) -> None:
         for check in checks:
             colour = {Result.passed: "green", Result.warning: "yellow", Result.failed: "red"}
             table.add_row(
-                f"[{colour.get(check.result, 'dim')}]{check.result.value}",
+                f"[{colour.get(check.result, 'dim')}]{check.result.word}",
                 check.name,
                 # Not markup: a token of the model may look like it.
                 Text(check.finding + (f"\n{check.fix}" if check.result is Result.warning else "")),
@@ -204,22 +238,27 @@ def report(checks: list[Check], world: World) -> None:
     world.agree(failed and f"doctor: {failed.name}: {failed.finding}\n{failed.fix}")
 
 
-def _choose(rows: Rows) -> list[Sample]:
-    """The first usable rows, one of them with an image if there is any near the beginning."""
+def _choose(rows: Rows, indices: range, number: int) -> list[Sample] | list[Rejected]:
+    """The first usable rows, one of them with an image if there is any near the beginning.
+
+    Where none is usable, those that are not.
+    """
     found: list[Sample] = []
-    for index in range(min(len(rows), ROWS_READ)):
-        sample = rows[index]
-        if not isinstance(sample, Sample):
+    rejected: list[Rejected] = []
+    for index in indices[:ROWS_READ]:
+        row = rows[index]
+        if isinstance(row, Rejected):
+            rejected.append(row)
             continue
         # A row without an answer is one that is responded to later: any text does.
-        sample = dataclasses.replace(sample, answer=sample.answer or "Yes.")
-        if len(found) < ROWS:
+        sample = dataclasses.replace(row, answer=row.answer or "Yes.")
+        if len(found) < number:
             found.append(sample)
         elif any(s.images for s in found):
             break
         elif sample.images:
             found[-1] = sample
-    return found
+    return found or rejected
 
 
 def feature_token(processor: ProcessorMixin) -> int:

@@ -5,7 +5,7 @@ from kd.data.collate import Collator
 from kd.data.conversations import ConversationsConfig
 from kd.data.digits import DigitsConfig
 from kd.data.medpix import MedPixConfig
-from kd.data.mixture import MixtureConfig, sizes_of
+from kd.data.mixture import MixtureConfig, ranges_of, sizes_of
 from kd.data.render import Prompt, Renderer
 from kd.data.sampler import Split
 from kd.data.stream import BatchStream, validation_batches
@@ -23,6 +23,7 @@ __all__ = [
     "RowError",
     "Rows",
     "Split",
+    "ranges_of",
     "sizes_of",
     "validation_batches",
 ]

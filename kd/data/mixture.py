@@ -8,6 +8,7 @@ drawn again, block by block, and the stream's whole state stays one integer.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import re
 from collections.abc import Iterator
@@ -233,6 +234,16 @@ class MixedOrder:
 def sizes_of(rows: Rows) -> list[int]:
     """Rows of each data set that `rows` are of, one after the other."""
     return rows.sizes if isinstance(rows, MixedRows) else [len(rows)]
+
+
+def ranges_of(rows: Rows) -> dict[str, range]:
+    """The indices of each data set that `rows` are of, by its name; "": it is one alone."""
+    names = rows.names if isinstance(rows, MixedRows) else [""]
+    ends = itertools.accumulate(sizes_of(rows))
+    return {
+        name: range(end - size, end)
+        for name, size, end in zip(names, sizes_of(rows), ends, strict=True)
+    }
 
 
 @contextmanager

@@ -12,7 +12,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from kd.config import VlmKDConfig, register, to_object, validate
 from kd.data import Rows
-from kd.doctor import Check, Doctor, Result, feature_token
+from kd.data.mixture import MixedRows
+from kd.doctor import ROWS_READ, Check, Doctor, Result, feature_token
 from kd.run import config_dir
 from kd.types import Sample, UserError
 from recipes.vlm_kd import VlmKD
@@ -100,10 +101,10 @@ def test_all_tokens_of_an_image_are_counted(kd_main, tmp_path, capsys):
 def recipe(teacher):
     made = []
 
-    def make(*overrides: str) -> VlmKD:
+    def make(*overrides: str, name: str = "digits_kd") -> VlmKD:
         register()
         with initialize_config_dir(config_dir(), version_base="1.3"):
-            config = compose("digits_kd", overrides=[f"teacher.name={teacher}", *overrides])
+            config = compose(name, overrides=[f"teacher.name={teacher}", *overrides])
         typed = to_object(config)
         assert isinstance(typed, VlmKDConfig)
         validate(typed)
@@ -168,3 +169,45 @@ def test_a_template_that_closes_a_turn_otherwise(recipe, teacher, tmp_path):
     check = checks_of(made)["end of a response"]
     assert check.result is Result.warning
     assert "responses end with <|im_end|>, the chat template closes a turn with" in check.finding
+
+
+def test_every_data_set_of_a_mixture_is_looked_at(recipe, teacher):
+    """The first one has no images, and the rows of another are too long."""
+    made = recipe(
+        *("data=mixture", "data.num_workers=0", "data.max_length=100"),
+        *("+data@data.datasets.a=digits", "data.datasets.a.kinds=[recite,add]"),
+        *("+data@data.datasets.b=digits", "data.datasets.b.kinds=[which]"),
+        *("+data@data.datasets.c=digits", f"data.datasets.c.system_prompt='{'look ' * 100}'"),
+        *("+data.weights={a:1,b:1,c:1}", "student=digits_small", "parallel=fsdp"),
+        f"student.processor.name={teacher}",
+        name="qwen_vl_kd",
+    )
+    checks = checks_of(made)
+    assert checks["rows"].finding.startswith("in c: the first rows are unusable (c/")
+    assert "more than data.max_length 100" in checks["rows"].finding
+    assert checks["labels"].finding == "in a, b: they decode to the answers"
+    assert checks["image tokens (student)"].finding == "in b: 8 tokens for 2 images"
+    assert checks["teacher sees images"].result is Result.passed
+    blind = dict(made.judge.vlm.named_parameters())
+    with torch.no_grad():
+        for name in (name for name in blind if "patch_embed" in name):
+            blind[name].zero_()
+    check = checks_of(made)["teacher sees images"]
+    assert check.result is Result.failed
+    assert check.finding.startswith("in b: its divergence moves by up to 0.0e+00")
+
+
+def test_each_data_set_is_told_of_where_several_are_wrong(recipe):
+    made = recipe()
+    made.processor.tokenizer.backend_tokenizer.normalizer = Lowercase()
+    sound = [Sample(str(i), [*ASKED], [], "two") for i in range(ROWS_READ)]
+    parts = [sound, [Sample("0", [*ASKED], [], "A Six")], [Sample("0", [*ASKED], [], "A Seven")]]
+    rows = MixedRows(["sound", "six", "seven"], parts, weights=[1, 1, 1], shuffles=[True] * 3)
+    check = checks_of(made, rows)["labels"]
+    assert check.result is Result.warning
+    assert check.finding == (
+        "in six: 'A Six' comes back from its tokens as 'a six'; "
+        "in seven: 'A Seven' comes back from its tokens as 'a seven'"
+    )
+    sights = checks_of(made, rows)["image tokens"]
+    assert (sights.result, sights.finding) == (Result.skipped, f"no image in {ROWS_READ} rows")
