@@ -41,7 +41,7 @@ from kd.launch import (
     set_up_messages,
 )
 from kd.logger.read import read_metrics
-from kd.stop import stop_request
+from kd.stop import Stopped, requeue, stop_request
 from kd.types import UserError
 from recipes import dflash, vlm_kd
 
@@ -76,6 +76,9 @@ def run(config: DictConfig) -> float | None:
             raise
         complain(error)
         end_job(hydra_config, 2)
+    except Stopped:
+        requeue()
+        raise
     except RanksFailed as failure:  # they have said why
         end_job(hydra_config, failure.exit_code)
     except OSError as error:

@@ -1,7 +1,8 @@
 """SIGUSR1 asks a run to stop: it saves a checkpoint after its step and ends with exit code 75.
 
 A batch system that wants the machine back, or is about to end a job, sends it; the same command
-goes on from there. What starts ranks passes it on to them.
+goes on from there. What starts ranks passes it on to them. In a job of submitit its own signal
+means the same, and submitit then queues the job again.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 SIGNAL = signal.SIGUSR1
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: start it again
@@ -41,12 +44,31 @@ class StopRequest:
     def _note(self) -> None:
         self.asked = True
 
+    def __reduce__(self) -> str:
+        return "stop_request"  # by name: a launcher's job must not be given one of its own
+
 
 stop_request = StopRequest()
 """Of this process, as its signals are."""
 
 
 _acts: list[Callable[[], None]] = []
+_submitit: list[Callable[[int, FrameType | None], Any]] = []
+"""What it does on its signal, while we listen in its place."""
+
+
+def signals() -> set[int]:
+    """Which signals ask to stop."""
+    if "SUBMITIT_EXECUTOR" not in os.environ:
+        return {SIGNAL}
+    name = os.environ.get("SUBMITIT_PREEMPT_SIGNAL", "USR2")  # as submitit itself has it
+    return {SIGNAL, getattr(signal, f"SIG{name}", SIGNAL)}
+
+
+def requeue() -> None:
+    """Leave the rest to submitit, where this process is a job of it: it ends by this."""
+    for act in _submitit:
+        act(SIGNAL, None)
 
 
 def on_signal(act: Callable[[], None]) -> None:
@@ -58,14 +80,17 @@ def on_signal(act: Callable[[], None]) -> None:
     _acts.append(act)
     if len(_acts) > 1:
         return
-    signal.signal(SIGNAL, _tell_all)  # for older threads, which do not block it
-    signal.pthread_sigmask(signal.SIG_BLOCK, {SIGNAL})
+    for number in signals():
+        before = signal.signal(number, _tell_all)  # for older threads, which do not block it
+        if callable(before):
+            _submitit.append(before)
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals())
     threading.Thread(target=_wait, name="stop", daemon=True).start()
 
 
 def _wait() -> None:
     while True:
-        signal.sigwait({SIGNAL})
+        signal.sigwait(signals())
         _tell_all()
 
 

@@ -156,4 +156,18 @@ KD=(python -m kd.run -m --config-name digits_teacher "${tiny[@]}" train.max_step
 "${KD[@]}" run.name=wrong optim.schedule=constant,nonsense 2> >(grep -v "sacct\|accounting" >&2) &&
   fail "no error"
 
+say "hydra/launcher=submitit_slurm: two ranks asked to stop, queued again, resumed"
+"${KD[@]}" run.name=queued train.max_steps=24 train.global_batch_size=8 parallel.nproc=2 \
+  2> >(grep -v "sacct\|accounting" >&2) &
+waits=$!
+wait_for 300 has_steps queued_sweep 4
+job=$(squeue --noheader --states=RUNNING --format=%A)
+scancel --signal=USR2 "$job"
+wait_for 60 is_state "$job" PENDING
+cat runs/queued_sweep/status.json; echo
+scontrol update JobId="$job" StartTime=now
+wait "$waits"
+grep -h "Requeued\|resuming" runs/queued_sweep/.submitit/*/*.err || fail "not queued again"
+same_metrics whole queued_sweep
+
 say "all passed"
