@@ -7,12 +7,15 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from kd.checkpoint import verify
-from kd.stop import EXIT_CODE, children
+from kd.stop import EXIT_CODE, children, stop_request
 from tests.conftest import FAST, metrics, subprocess_env
 
 RUN = [
@@ -49,8 +52,43 @@ def wait_for(process: subprocess.Popen[str], condition: Callable[[], bool]) -> N
         time.sleep(0.02)
 
 
+def outcomes(run: Path) -> list[dict[str, float]]:
+    """All metrics, as logged, but those of speed and memory."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    measured = ("_s", "_gib")
+    return [{k: v for k, v in row.items() if not k.endswith(measured)} for row in rows]
+
+
+def test_stopped_and_started_again_equals_never_having_stopped(train, tmp_path):
+    """In this process; with several ranks and a batch system: scripts/test_slurm.sh."""
+    options = ["student=digits_small", "train.max_steps=20", "data.num_workers=0", "doctor=never"]
+    run = tmp_path / "runs" / "stopped"
+
+    def ask() -> None:
+        ends = time.monotonic() + 120
+        while not (run / "metrics.jsonl").exists() and time.monotonic() < ends:
+            time.sleep(0.005)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    whole = outcomes(train("digits_teacher", "whole", *options))
+    asking = threading.Thread(target=ask)
+    asking.start()
+    try:
+        with pytest.raises(SystemExit) as ended:
+            train("digits_teacher", "stopped", *options)
+    finally:
+        asking.join()
+        stop_request.asked = False  # as in a new process
+    assert ended.value.code == EXIT_CODE
+    assert json.loads((run / "status.json").read_text())["status"] == "stopped"
+    before = (run / "metrics.jsonl").read_text()
+    assert 0 < len(before.splitlines()) < 20
+    train("digits_teacher", "stopped", *options)
+    assert (run / "metrics.jsonl").read_text().startswith(before)  # no step was done again
+    assert outcomes(run) == whole
+
+
 def test_one_rank_that_is_told_stops_all_after_the_same_step(tmp_path):
-    """That it goes on as if nothing had been is seen by scripts/test_slurm.sh."""
     run = tmp_path / "run"
     options = [f"run.dir={tmp_path}", "run.name=run", *FAST, *RUN]
     process = start("kd.run", "--config-name", "digits_teacher", *options)
