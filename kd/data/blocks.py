@@ -73,6 +73,9 @@ class BlockCache:
             os.utime(self._path(name))
         except FileNotFoundError:
             return None
+        except pa.ArrowInvalid:  # as a machine leaves it that loses its power
+            self._path(name).unlink(missing_ok=True)
+            return None
         return table
 
     def _write(self, path: Path, table: pa.Table) -> None:

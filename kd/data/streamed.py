@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import urlsplit
 
 import httpx
 import numpy as np
@@ -39,8 +40,8 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-ATTEMPTS, PAUSE_S = 4, 1.0
-"""Pauses double: 1, 2 and 4 seconds."""
+FOOTER_ATTEMPTS, ATTEMPTS, PAUSE_S = 3, 7, 1.0
+"""The pauses between them double: a run is given up after a minute, its start after 3 seconds."""
 NUMBERS = re.compile(r"\{(\d+)\.\.(\d+)\}")
 FOOTERS_AT_ONCE = 16
 FETCHES_AT_ONCE = 4
@@ -143,7 +144,7 @@ class ParquetBlocks:
     ):
         self.filesystem, self.files, self.keys = filesystem, files, keys
         self.blocks, self.columns, self.cache, self.root = blocks, columns, cache, root
-        self.row_bytes = row_bytes
+        self.row_bytes, self.pause_s = row_bytes, PAUSE_S
         self.ends = np.cumsum(blocks.size)
         self._expected: queue.SimpleQueue[int] | None = None
 
@@ -273,7 +274,7 @@ class ParquetBlocks:
             names = [name for name in self.columns if name in parquet.schema_arrow.names]
             return parquet.read_row_group(group, columns=names)
 
-        return _read(self.filesystem, file, read)
+        return _read(self.filesystem, file, read, ATTEMPTS, self.pause_s)
 
     def _fetch_expected(self) -> None:
         expected = self._expected
@@ -311,15 +312,21 @@ def _footer(filesystem: AbstractFileSystem, file: str, required: list[str]) -> F
             digest(file.encode(), pickle.dumps(metadata)).hex(),
         )
 
-    return _read(filesystem, file, read)
+    return _read(filesystem, file, read, FOOTER_ATTEMPTS, PAUSE_S)
 
 
-def _read(filesystem: AbstractFileSystem, file: str, read: Callable[[Any], T]) -> T:
+def _read(
+    filesystem: AbstractFileSystem,
+    file: str,
+    read: Callable[[Any], T],
+    attempts: int,
+    pause_s: float,
+) -> T:
     """What `read` makes of a Parquet file, tried again where the way there fails."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    for attempt in range(ATTEMPTS):
+    for attempt in range(attempts):
         try:
             # Only what is asked for: the default reads ahead.
             with filesystem.open(file, "rb", cache_type="none") as opened:
@@ -329,10 +336,10 @@ def _read(filesystem: AbstractFileSystem, file: str, read: Callable[[Any], T]) -
         except _transient() as error:
             # Over HTTP, FileNotFoundError stands for whatever went wrong: its cause tells.
             cause = error.__cause__ or error
-            if isinstance(cause, FileNotFoundError) or attempt == ATTEMPTS - 1:
+            if isinstance(cause, FileNotFoundError) or attempt == attempts - 1:
                 reason = str(cause) or type(cause).__name__
                 raise UserError(f"{file} cannot be fetched: {reason}") from error
-            time.sleep(PAUSE_S * 2**attempt)
+            time.sleep(pause_s * 2**attempt)
     raise AssertionError
 
 
@@ -364,14 +371,17 @@ def find_parquet(path: str, split: str, revision: str | None) -> list[str]:
     else:
         try:
             filesystem, _, files = fsspec.get_fs_token_paths(expanded(path))
-        except (OSError, ValueError, ImportError) as error:
+        except ImportError as error:
+            extra = 'pip install "kd-vlm[http]"' if path.startswith("http") else str(error)
+            raise UserError(f"'{path}' needs what is not installed: {extra}") from error
+        except (OSError, ValueError) as error:
             raise UserError(f"'{path}' cannot be streamed: {error}") from error
         urls = [filesystem.unstrip_protocol(file) for file in files]
     if not urls:
         raise UserError(
             f"There is no data at '{path}'. Give a file, a folder, a glob, a URL or owner/name."
         )
-    others = sorted({PurePosixPath(url).suffix for url in urls} - {".parquet"})
+    others = sorted({PurePosixPath(urlsplit(url).path).suffix for url in urls} - {".parquet"})
     if others:
         raise UserError(
             f"data.streaming=true reads Parquet files; '{path}' has {', '.join(others)}. Of most "

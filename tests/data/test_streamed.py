@@ -346,6 +346,9 @@ def test_a_row_group_is_fetched_once_for_all_processes(server, streamed, shards,
     assert set(got[0]) | set(got[1]) == set(range(66))
     reads = column_reads(handler.ranges[footers:], shards)
     assert len(reads) == FILES * 5 and set(reads.values()) == {1}
+    again = streamed(path=f"{url}/{URL}").build("train")  # as a resumed run does
+    assert numbers(again[i] for i in range(66)) == list(range(66))
+    assert column_reads(handler.ranges[footers:], shards) == reads
 
 
 def test_columns_that_are_not_asked_for_stay_where_they_are(server, streamed, tmp_path):
@@ -369,6 +372,16 @@ def test_beyond_its_limit_the_cache_lets_go_of_the_oldest(streamed, tmp_path):
     assert 1 <= len(left) <= 3 and first not in left
     assert numbers(rows[i] for i in range(66)) == everything
     assert not list((tmp_path / "cache").glob("*.part"))
+
+
+def test_a_block_that_was_not_written_whole_is_fetched_anew(streamed, tmp_path):
+    assert numbers([streamed().build("train")[0]]) == [0]
+    (block,) = (tmp_path / "cache").glob("*.arrow")
+    content = block.read_bytes()
+    for cut in (0, len(content) // 2):
+        block.write_bytes(content[:cut])
+        assert numbers([streamed().build("train")[0]]) == [0]
+        assert block.read_bytes() == content
 
 
 def test_other_contents_under_the_same_name_are_fetched_anew(streamed, tmp_path):
@@ -463,6 +476,7 @@ def test_a_server_that_stumbles_is_asked_again_and_one_that_is_gone_is_told_of(
         ({"path": "gone.parquet"}, "cannot be fetched"),
         ({"path": __file__}, r"reads Parquet files; .* has \.py"),
         ({"split": "tset"}, "has no split 'tset', but "),
+        ({"path": "s3://x/y.parquet"}, "needs what is not installed: Install s3fs"),
         ({"path": "nowhere://x/y.parquet"}, "cannot be streamed: Protocol not known"),
         ({"messages_column": "turns"}, "has no column turns; it has messages"),
         ({"cache_gib": 1e-9}, "data.shuffle_rows=12 takes about .* more than data.cache_gib="),
