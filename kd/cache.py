@@ -23,25 +23,23 @@ import hydra
 import numpy as np
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
-from yaml import YAMLError
 
 from kd.config import VlmKDConfig, register, to_object, validate
 from kd.data import Rows, Split, sizes_of, validation_batches
 from kd.data.sampler import ValidationSampler
 from kd.launch import (
     HYDRA_SETTINGS,
-    USER_ERRORS,
-    RanksFailed,
     before_overrides,
-    complain,
+    command_mistakes,
     config_dir,
+    job_mistakes,
     launch_ranks,
-    lost_rank,
     set_up_messages,
 )
 from kd.model import VLM
@@ -251,33 +249,16 @@ def main() -> None:
     arguments = [argument for argument in sys.argv if argument != VERIFY]
 
     def run(config: DictConfig) -> None:
-        try:
+        with job_mistakes(config):
             run_job(config, verify)
-        except USER_ERRORS as error:
-            if config.get("traceback"):
-                raise
-            complain(error)
-            raise SystemExit(2) from None
-        except RanksFailed as failure:  # they have said why
-            raise SystemExit(failure.exit_code) from None
-        except RuntimeError as error:
-            if not lost_rank(error):
-                raise
-            complain(UserError("lost another rank, which ended first"))
-            raise SystemExit(1) from None
 
-    try:
+    with command_mistakes():
         if {"-m", "--multirun"} & set(arguments):
-            raise UserError("one cache is filled at a time: leave out --multirun")
+            raise HydraException("one cache is filled at a time: leave out --multirun")
         if "--config-name" not in " ".join(arguments) and "-cn" not in arguments:
-            raise UserError("name a config, e.g. --config-name digits_kd teacher=cached")
+            raise HydraException("name a config, e.g. --config-name digits_kd teacher=cached")
         sys.argv[:] = before_overrides(arguments, list(HYDRA_SETTINGS))
         hydra.main(version_base="1.3", config_path=config_dir(), config_name=None)(run)()
-    except (*USER_ERRORS, YAMLError) as error:  # before there was a config
-        complain(error)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

@@ -10,18 +10,22 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from yaml import YAMLError
 
 from kd.stop import EXIT_CODE, Stopped, pass_on_to_children
 from kd.types import UserError
 
-USER_ERRORS = (UserError, HydraException, OmegaConfBaseException)
+COMMAND_ERRORS = (HydraException, OmegaConfBaseException)
 
 # Hydra keeps its hands off the file system: the run directory belongs to the recipe, and it must
 # not depend on the clock, or ranks would disagree and a run could not be resumed.
@@ -138,6 +142,42 @@ def complain(error: Exception) -> None:
     if rank != "0":  # which mostly has the same to say, and then ends all ranks
         time.sleep(2)
     print(f"{prefix}error: {plain_words(error)}", file=sys.stderr)
+
+
+@contextmanager
+def command_mistakes() -> Iterator[None]:
+    """Around all of a command: what is wrong before there is a job ends it in plain words."""
+    try:
+        yield
+    except (*COMMAND_ERRORS, YAMLError) as error:
+        complain(error)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+@contextmanager
+def job_mistakes(
+    config: DictConfig | None = None, end: Callable[[int], NoReturn] = sys.exit
+) -> Iterator[None]:
+    """Around a job of `config`: what goes wrong for a known reason is said, and the job ended.
+
+    `end` is called with the exit code, after a user's mistake or where a rank has failed.
+    """
+    try:
+        yield
+    except (UserError, *COMMAND_ERRORS) as error:
+        if config is not None and config.get("traceback"):
+            raise
+        complain(error)
+        end(2)
+    except RanksFailed as failure:  # they have said why
+        end(failure.exit_code)
+    except RuntimeError as error:
+        if not lost_rank(error):
+            raise
+        complain(UserError("lost another rank, which ended first"))
+        raise SystemExit(1) from None
 
 
 def lost_rank(error: RuntimeError) -> bool:

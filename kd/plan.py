@@ -20,13 +20,12 @@ from hydra import compose, initialize_config_dir
 from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
-from yaml import YAMLError
 
 from kd.config import VlmKDConfig, register, typed_object, validate
 from kd.config_dflash import register_dflash
 from kd.flops import Row, Work
 from kd.footprint import GIB, Plan, Sizes, footprint, measure, pretend_ranks
-from kd.launch import USER_ERRORS, complain, config_dir, set_up_messages
+from kd.launch import command_mistakes, config_dir, job_mistakes, set_up_messages
 from kd.model import FrozenVLM, Student
 from kd.objective_loop import default_budget_mib
 from kd.teacher import LocalTeacherConfig
@@ -234,11 +233,8 @@ def main() -> None:
     """Plan, and turn mistakes into plain words."""
     set_up_messages()
     transformers_logging.set_verbosity_error()
-    try:
+    with command_mistakes(), job_mistakes():
         plan(parser().parse_intermixed_args())
-    except (*USER_ERRORS, YAMLError) as error:
-        complain(error)
-        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ lines and exit code 2.
 from __future__ import annotations
 
 import errno
+import functools
 import math
 import os
 import sys
@@ -20,23 +21,20 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from kd.checkpoint import CheckpointConfig
 from kd.config import VlmKDConfig, register, typed_object, validate
 from kd.config_dflash import DFlashConfig, register_dflash, validate_dflash
 from kd.launch import (
     HYDRA_SETTINGS,
-    USER_ERRORS,
     PointFailed,
-    RanksFailed,
     before_overrides,
+    command_mistakes,
     complain,
     config_dir,
     is_override,
+    job_mistakes,
     launch_ranks,
-    lost_rank,
     quoted,
     set_up_messages,
 )
@@ -69,28 +67,17 @@ def run(config: DictConfig) -> float | None:
     """
     set_up_messages()
     hydra_config = HydraConfig.get()
-    try:
-        return run_job(config, hydra_config)
-    except USER_ERRORS as error:
-        if config.get("traceback"):
+    with job_mistakes(config, functools.partial(end_job, hydra_config)):
+        try:
+            return run_job(config, hydra_config)
+        except Stopped:
+            requeue()
             raise
-        complain(error)
-        end_job(hydra_config, 2)
-    except Stopped:
-        requeue()
-        raise
-    except RanksFailed as failure:  # they have said why
-        end_job(hydra_config, failure.exit_code)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-            raise
-        complain(UserError(f"cannot write {error.filename or 'a file'}: {error.strerror}"))
-        raise SystemExit(2) from None
-    except RuntimeError as error:
-        if not lost_rank(error):
-            raise
-        complain(UserError("lost another rank, which ended first"))
-        raise SystemExit(1) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+                raise
+            complain(UserError(f"cannot write {error.filename or 'a file'}: {error.strerror}"))
+            raise SystemExit(2) from None
 
 
 def end_job(hydra_config: DictConfig, exit_code: int) -> NoReturn:
@@ -171,15 +158,13 @@ def main() -> None:
     register_dflash()
     failed_points.clear()
     try:
-        if len(sys.argv) == 1 or not any(arg.startswith("-") for arg in sys.argv[1:]):
-            raise HydraException("name a config, e.g. --config-name digits_kd; --help says more")
-        sys.argv[:] = with_settings(sys.argv)
-        hydra.main(version_base="1.3", config_path=config_dir(), config_name=None)(run)()
-    except (HydraException, OmegaConfBaseException, YAMLError) as error:  # before there was a job
-        complain(error)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+        with command_mistakes():
+            if len(sys.argv) == 1 or not any(arg.startswith("-") for arg in sys.argv[1:]):
+                raise HydraException(
+                    "name a config, e.g. --config-name digits_kd; --help says more"
+                )
+            sys.argv[:] = with_settings(sys.argv)
+            hydra.main(version_base="1.3", config_path=config_dir(), config_name=None)(run)()
     except PointFailed as failure:
         if not failed_points:  # it was in another process
             failed_points.append(str(failure))

@@ -6,27 +6,26 @@ A user's mistake ends in one or two plain lines and exit code 2.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from importlib.metadata import PackageNotFoundError, distribution
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from omegaconf import DictConfig
 from torch.distributed.elastic.multiprocessing import SignalException
-from yaml import YAMLError
 
 from kd.config import register as register_groups
 from kd.config import typed_object
 from kd.launch import (
     HYDRA_SETTINGS,
-    USER_ERRORS,
-    RanksFailed,
     before_overrides,
-    complain,
+    command_mistakes,
     config_dir,
+    job_mistakes,
     launch_ranks,
-    lost_rank,
     set_up_messages,
 )
 from kd.serve.config import ServerConfig, register
@@ -36,35 +35,26 @@ EXTRA = ("fastapi", "uvicorn", "prometheus-client", "pydantic")
 
 
 def run(config: DictConfig) -> None:
-    """Check the config, and serve or start the ranks that do."""
-    try:
-        check_extra()
-        typed = typed_object(config)
-        if not isinstance(typed, ServerConfig):
-            raise UserError("the defaults list of this config does not begin with serve_schema")
-        typed.validate()
-        if typed.parallel.nproc > 1 and "RANK" not in os.environ:
-            hydra_config = HydraConfig.get()
-            overrides = list(hydra_config.overrides.task)
-            launch_ranks("kd.serve", typed.parallel.nproc, hydra_config, overrides)
-        else:
-            from kd.serve.server import run_rank  # needs what has just been checked
+    """One job, and how it ends."""
+    with job_mistakes(config), contextlib.suppress(SignalException):  # the ranks have ended by it
+        run_job(config)
 
-            run_rank(typed)
-    except USER_ERRORS as error:
-        if config.get("traceback"):
-            raise
-        complain(error)
-        raise SystemExit(2) from None
-    except RanksFailed as failure:  # they have said why
-        raise SystemExit(failure.exit_code) from None
-    except SignalException:  # passed on to the ranks, which have ended by it
-        return
-    except RuntimeError as error:
-        if not lost_rank(error):
-            raise
-        complain(UserError("lost another rank, which ended first"))
-        raise SystemExit(1) from None
+
+def run_job(config: DictConfig) -> None:
+    """Check the config, and serve or start the ranks that do."""
+    check_extra()
+    typed = typed_object(config)
+    if not isinstance(typed, ServerConfig):
+        raise UserError("the defaults list of this config does not begin with serve_schema")
+    typed.validate()
+    if typed.parallel.nproc > 1 and "RANK" not in os.environ:
+        hydra_config = HydraConfig.get()
+        overrides = list(hydra_config.overrides.task)
+        launch_ranks("kd.serve", typed.parallel.nproc, hydra_config, overrides)
+    else:
+        from kd.serve.server import run_rank  # needs what has just been checked
+
+        run_rank(typed)
 
 
 def check_extra() -> None:
@@ -83,16 +73,11 @@ def main() -> None:
     set_up_messages()
     register_groups()
     register()
-    try:
+    with command_mistakes():
         if {"-m", "--multirun"} & set(sys.argv):
-            raise UserError("one server serves one model: leave out --multirun")
+            raise HydraException("one server serves one model: leave out --multirun")
         sys.argv[:] = before_overrides(sys.argv, list(HYDRA_SETTINGS))
         hydra.main(version_base="1.3", config_path=config_dir(), config_name="serve")(run)()
-    except (*USER_ERRORS, YAMLError) as error:  # before there was a config
-        complain(error)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shlex
+import sys
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 
 import kd.serve.__main__ as front
 from kd.config import register as register_groups
@@ -93,3 +95,11 @@ def test_a_package_that_is_missing_is_named(monkeypatch):
     monkeypatch.setattr(front, "EXTRA", ("fastapi", "no-such-package"))
     with pytest.raises(UserError, match=r'no-such-package: pip install "kd-vlm\[serve\]"'):
         front.check_extra()
+
+
+def test_traceback_on_request(monkeypatch):
+    arguments = ["teacher.name=f", "serve.port=65536", "traceback=true"]
+    monkeypatch.setattr(sys, "argv", ["kd.serve", *arguments])
+    GlobalHydra.instance().clear()
+    with pytest.raises(UserError, match=r"serve\.port=65536"):
+        front.main()

@@ -28,6 +28,7 @@ from kd.model import PretrainedModel
 from kd.teacher import store
 from kd.teacher.store import segment_paths
 from kd.teacher.weights import folder_digest, weights_digest
+from kd.types import UserError
 from tests.conftest import FAST, metrics
 
 LOSSES = ("train/loss", "train/ce", "train/kd", "train/grad_norm")
@@ -391,6 +392,11 @@ def test_verify_names_what_is_damaged(fill, tmp_path, capsys, caplog):
     fill("data.num_images=8")
     fill("data.num_images=8", "--verify")
     assert report(capsys.readouterr().out)["hit rate"] == "1.0000"
+
+
+def test_traceback_on_request(fill):
+    with pytest.raises(UserError, match="there is no cache in"):
+        fill("--verify", "traceback=true")
 
 
 def test_killed_and_started_again(fill, teacher, tmp_path, caplog):
