@@ -158,7 +158,8 @@ class ParquetBlocks:
         filesystem, _ = fsspec.url_to_fs(urls[0])
         files = [str(filesystem._strip_protocol(url)) for url in urls]
         columns = [*required, *(name for name in optional if name not in required)]
-        logger.info("reading the footers of %d Parquet files", len(files))
+        if len(files) > FOOTERS_AT_ONCE:
+            logger.info("reading the footers of %d Parquet files", len(files))
         with ThreadPoolExecutor(FOOTERS_AT_ONCE) as pool:
             footers = list(pool.map(lambda file: _footer(filesystem, file, required), files))
         keys = [digest(*(x.encode() for x in (f.key, *columns))).hex() for f in footers]
