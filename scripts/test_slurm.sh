@@ -89,6 +89,13 @@ wait_for() { # wait_for SECONDS COMMAND…
 }
 job_state() { scontrol show job "$1" | grep -oP 'JobState=\K\w+'; }
 is_state() { [ "$(job_state "$1")" = "$2" ]; }
+is_idle() { [ "$(sinfo --noheader --format=%t | sort -u)" = idle ]; }
+start_again() { # start_again JOB: at once; a queued job begins only after a while
+  wait_for 60 is_state "$1" PENDING
+  wait_for 60 is_idle
+  sleep 2 # what the job was allowed to do on a node is revoked, to the second
+  scontrol update JobId="$1" StartTime=now
+}
 same_metrics() {
   python - "$1" "$2" <<'PY'
 import sys
@@ -110,9 +117,8 @@ say "train.sbatch on one node of two ranks: asked to stop, queued again, resumed
 job=$(KD_RANKS_PER_NODE=2 sbatch --parsable "$scripts/train.sbatch" "${alone[@]}" run.name=preempted)
 wait_for 240 has_steps preempted 4
 scancel --batch --signal=USR1 "$job"
-wait_for 60 is_state "$job" PENDING
+start_again "$job"
 cat runs/preempted/status.json; echo
-scontrol update JobId="$job" StartTime=now # a queued job begins only after a while
 wait_for 300 is_state "$job" COMPLETED
 cat runs/preempted/status.json; echo
 cat "kd-$job.log"
@@ -163,9 +169,8 @@ waits=$!
 wait_for 300 has_steps queued_sweep 4
 job=$(squeue --noheader --states=RUNNING --format=%A)
 scancel --signal=USR2 "$job"
-wait_for 60 is_state "$job" PENDING
+start_again "$job"
 cat runs/queued_sweep/status.json; echo
-scontrol update JobId="$job" StartTime=now
 wait "$waits"
 grep -h "Requeued\|resuming" runs/queued_sweep/.submitit/*/*.err || fail "not queued again"
 same_metrics whole queued_sweep
