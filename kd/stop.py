@@ -82,7 +82,7 @@ def on_signal(act: Callable[[], None]) -> None:
         return
     for number in signals():
         before = signal.signal(number, _tell_all)  # for older threads, which do not block it
-        if callable(before):
+        if "SUBMITIT_EXECUTOR" in os.environ and callable(before):
             _submitit.append(before)
     signal.pthread_sigmask(signal.SIG_BLOCK, signals())
     threading.Thread(target=_wait, name="stop", daemon=True).start()

@@ -81,6 +81,8 @@ class BlockCache:
     def _write(self, path: Path, table: pa.Table) -> None:
         import pyarrow as pa
 
+        for left in self.folder.glob(f"{path.stem}.*.part"):  # by one that was killed
+            left.unlink(missing_ok=True)
         part = path.with_suffix(f".{os.getpid()}.part")
         try:
             with pa.OSFile(str(part), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:

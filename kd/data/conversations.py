@@ -114,7 +114,7 @@ class ConversationsConfig(StreamableConfig):
             self.max_image_bytes,
             self.http_timeout_s,
         )
-        return self.make_rows(
+        return TableRows(
             table,
             self.parse,
             images,

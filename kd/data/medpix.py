@@ -41,7 +41,7 @@ class MedPixConfig(StreamableConfig):
         images = ImageLoader(
             table.root, False, self.max_image_pixels, self.max_image_bytes, timeout_s=1.0
         )
-        return self.make_rows(table, self.parse, images, system_prompt=self.system_prompt)
+        return TableRows(table, self.parse, images, system_prompt=self.system_prompt)
 
     def parse(self, row: dict[str, Any]) -> Parsed:
         """Image, then question; RowError where a part of the row is missing."""

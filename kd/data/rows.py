@@ -9,6 +9,7 @@ from typing import Any
 from kd.data.base import RowError, with_system_prompt
 from kd.data.images import ImageLoader
 from kd.data.messages import Parsed
+from kd.data.sampler import Order
 from kd.data.tables import Table
 from kd.types import Rejected, Sample, UserError
 
@@ -41,6 +42,10 @@ class TableRows:
             return Rejected(row_id, str(error), broken=True)
         messages = with_system_prompt(parsed.messages, self.system_prompt)
         return Sample(row_id, messages, images, parsed.answer, kind)
+
+    def order(self, seed: int, shuffle: bool, stream: tuple[int, ...]) -> Order:
+        """See `sampler.OrderedRows`."""
+        return self.table.order(seed, shuffle, stream)
 
 
 def column(row: dict[str, Any], name: str) -> Any:

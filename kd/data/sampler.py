@@ -139,7 +139,7 @@ class BlockEpochs:
 
 @runtime_checkable
 class OrderedRows(Protocol):
-    """Rows that are not read in any order."""
+    """Rows that say themselves in which order they are trained on."""
 
     def __len__(self) -> int:
         """Number of rows."""

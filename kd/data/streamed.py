@@ -27,7 +27,6 @@ import numpy as np
 
 from kd.data.base import DataConfig
 from kd.data.blocks import BlockCache
-from kd.data.rows import TableRows
 from kd.data.sampler import BlockEpochs
 from kd.data.tables import Table, cannot_load, is_named, open_table, require_columns
 from kd.types import UserError, digest
@@ -79,34 +78,11 @@ class StreamableConfig(DataConfig):
         urls = find_parquet(path, split, revision)
         folder = Path(self.cache_folder).expanduser() if self.cache_folder else default_folder()
         cache = BlockCache(folder, int(self.cache_gib * GIB))
-        table = ParquetBlocks.open(urls, cache, required, optional)
-        table.check_window(self.shuffle_rows)
+        table = ParquetBlocks.open(urls, cache, self.shuffle_rows, required, optional)
+        table.check_window()
+        if Path(path).is_dir():  # as without streaming, wherever in it the files are
+            table.root = Path(path)
         return table
-
-    def make_rows(self, table: Table, *args: Any, **kwargs: Any) -> TableRows:
-        """The samples of a table."""
-        if isinstance(table, ParquetBlocks):
-            return StreamedRows(table, *args, **kwargs, shuffle_rows=self.shuffle_rows)
-        return TableRows(table, *args, **kwargs)
-
-
-@dataclass
-class StreamedRows(TableRows):
-    """Rows in an order that stays within few row groups at a time."""
-
-    table: ParquetBlocks
-    shuffle_rows: int = StreamableConfig.shuffle_rows
-
-    def order(self, seed: int, shuffle: bool, stream: tuple[int, ...]) -> BlockEpochs:
-        """See `sampler.OrderedRows`."""
-        return BlockEpochs(
-            self.table.sizes,
-            seed=seed,
-            shuffle=shuffle,
-            window_rows=self.shuffle_rows,
-            stream=stream,
-            expect=self.table.expect,
-        )
 
 
 @dataclass(frozen=True)
@@ -139,18 +115,23 @@ class ParquetBlocks:
         blocks: Blocks,
         columns: list[str],
         cache: BlockCache,
+        window_rows: int,
         root: Path,
         row_bytes: float,
     ):
         self.filesystem, self.files, self.keys = filesystem, files, keys
         self.blocks, self.columns, self.cache, self.root = blocks, columns, cache, root
-        self.row_bytes, self.pause_s = row_bytes, PAUSE_S
+        self.window_rows, self.row_bytes, self.pause_s = window_rows, row_bytes, PAUSE_S
         self.ends = np.cumsum(blocks.size)
         self._expected: queue.SimpleQueue[int] | None = None
 
     @staticmethod
     def open(
-        urls: list[str], cache: BlockCache, required: list[str], optional: list[str]
+        urls: list[str],
+        cache: BlockCache,
+        window_rows: int,
+        required: list[str],
+        optional: list[str],
     ) -> ParquetBlocks:
         """Read the footers. UserError where one cannot be read or lacks a `required` column."""
         import fsspec
@@ -176,7 +157,8 @@ class ParquetBlocks:
         row_bytes = sum(footer.num_bytes for footer in footers) / max(1, rows)
         local = "file" in np.atleast_1d(filesystem.protocol)
         root = Path(files[0]).parent if local else Path()
-        return ParquetBlocks(filesystem, files, keys, blocks, columns, cache, root, row_bytes)
+        shared = columns, cache, window_rows, root, row_bytes
+        return ParquetBlocks(filesystem, files, keys, blocks, *shared)
 
     def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0
@@ -229,12 +211,23 @@ class ParquetBlocks:
         for block in blocks:
             self._expected.put(int(block))
 
-    def check_window(self, window_rows: int) -> None:
+    def order(self, seed: int, shuffle: bool, stream: tuple[int, ...]) -> BlockEpochs:
+        """See `Table`. It stays within few blocks at a time."""
+        return BlockEpochs(
+            self.sizes,
+            seed=seed,
+            shuffle=shuffle,
+            window_rows=self.window_rows,
+            stream=stream,
+            expect=self.expect,
+        )
+
+    def check_window(self) -> None:
         """UserError where the cache does not hold what is shuffled together, and what is next."""
-        need = 2 * self.row_bytes * (window_rows + int(self.sizes.max(initial=0)))
+        need = 2 * self.row_bytes * (self.window_rows + int(self.sizes.max(initial=0)))
         if need > self.cache.limit_bytes:
             raise UserError(
-                f"data.shuffle_rows={window_rows} takes about {need / GIB:.2g} GiB of "
+                f"data.shuffle_rows={self.window_rows} takes about {need / GIB:.2g} GiB of "
                 f"{self._described}, more than data.cache_gib={self.cache.limit_bytes / GIB:.2g}: "
                 "row groups would be fetched again and again. Raise the one or lower the other."
             )
@@ -264,6 +257,7 @@ class ParquetBlocks:
             blocks,
             self.columns,
             self.cache,
+            self.window_rows,
             self.root,
             self.row_bytes,
         )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from kd.data.base import RowError
+from kd.data.sampler import Epochs, Order
 from kd.types import UserError
 
 if TYPE_CHECKING:
@@ -46,6 +47,10 @@ class Table(Protocol):
         """A fixed random choice of `count` rows, in their order."""
         ...
 
+    def order(self, seed: int, shuffle: bool, stream: tuple[int, ...]) -> Order:
+        """See `sampler.OrderedRows`."""
+        ...
+
 
 class RandomAccess:
     """Chooses single rows: any is as quick to reach as the next."""
@@ -60,6 +65,10 @@ class RandomAccess:
         """See `Table`."""
         order = np.random.default_rng(0).permutation(len(self))
         return Selection(self, np.sort(order[:count]))
+
+    def order(self: Table, seed: int, shuffle: bool, stream: tuple[int, ...]) -> Order:
+        """See `Table`."""
+        return Epochs(len(self), seed=seed, shuffle=shuffle, stream=stream)
 
 
 class Selection(RandomAccess):

@@ -384,6 +384,31 @@ def test_a_block_that_was_not_written_whole_is_fetched_anew(streamed, tmp_path):
         assert block.read_bytes() == content
 
 
+def test_what_a_killed_process_left_of_a_block_is_removed(streamed, tmp_path):
+    streamed().build("train")[0]
+    (block,) = (tmp_path / "cache").glob("*.arrow")
+    block.unlink()
+    block.with_suffix(".99999999.part").write_bytes(b"half")
+    assert numbers([streamed().build("train")[0]]) == [0]
+    assert block.exists() and not list((tmp_path / "cache").glob("*.part"))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_image_paths_in_a_folder_are_relative_to_it(tmp_path, png, streaming):
+    png("rows/red.png", "red")
+    content = [{"type": "image", "text": None}, {"type": "text", "text": "Which?"}]
+    answer = [{"type": "text", "text": "Red."}]
+    turns = {"user": content, "assistant": answer}
+    messages = [{"role": role, "content": parts} for role, parts in turns.items()]
+    (tmp_path / "rows" / "data").mkdir()
+    rows = Dataset.from_list([{"messages": messages, "images": ["red.png"]}])
+    rows.to_parquet(tmp_path / "rows" / "data" / "train-00000-of-00001.parquet")
+    cache = {"streaming": True, "cache_folder": str(tmp_path / "cache")} if streaming else {}
+    config = ConversationsConfig(path=str(tmp_path / "rows"), val_fraction=0, **cache)
+    sample = config.build("train")[0]
+    assert isinstance(sample, Sample) and sample.images[0].getpixel((0, 0)) == (255, 0, 0)
+
+
 def test_other_contents_under_the_same_name_are_fetched_anew(streamed, tmp_path):
     path = tmp_path / "rows.parquet"
     for offset in (0, 500):
