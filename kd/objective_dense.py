@@ -179,8 +179,8 @@ def _compiled(loss: DenseLoss, *layout: object) -> Callable[..., tuple[Tensor, T
 
 
 @functools.cache
-def can_compile(device_type: str) -> bool:
-    """Whether torch.compile works here; logged if not. It needs a C++ compiler, Triton on a GPU.
+def compile_problem(device_type: str) -> str | None:
+    """Why torch.compile does not work here; None: it does. It needs a C++ compiler, Triton on a GPU.
 
     Found by compiling one line, once per process: what is missing shows in many different errors.
     """
@@ -188,10 +188,17 @@ def can_compile(device_type: str) -> bool:
         with torch.no_grad():
             torch.compile(lambda x: x + 1, fullgraph=True)(torch.zeros(8, device=device_type))
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        log.warning("torch.compile does not work here, so the loss runs eagerly: %s", reason)
-        return False
-    return True
+        return str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+    return None
+
+
+@functools.cache  # told once
+def can_compile(device_type: str) -> bool:
+    """Whether torch.compile works here; logged if not."""
+    problem = compile_problem(device_type)
+    if problem is not None:
+        log.warning("torch.compile does not work here, so the loss runs eagerly: %s", problem)
+    return problem is None
 
 
 def use_compile(policy: CompilePolicy, device: torch.device, vocab: int) -> bool:
@@ -202,7 +209,10 @@ def use_compile(policy: CompilePolicy, device: torch.device, vocab: int) -> bool
         return False
     works = can_compile(device.type)
     if policy is CompilePolicy.always and not works:
-        raise UserError("compile is always, but torch.compile does not work here: set it to auto.")
+        raise UserError(
+            "compile is always, but torch.compile does not work here: set it to auto.\n"
+            f"{compile_problem(device.type)}"
+        )
     return works
 
 
