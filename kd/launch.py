@@ -22,6 +22,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from yaml import YAMLError
 
+from kd.process import children_end_with_this
 from kd.stop import EXIT_CODE, Stopped, pass_on_to_children
 from kd.types import UserError
 
@@ -82,7 +83,8 @@ def launch_ranks(module: str, nproc: int, hydra_config: DictConfig, overrides: l
     )
     pass_on_to_children()
     try:
-        elastic_launch(settings, sys.executable)(*command, *overrides)
+        with children_end_with_this():
+            elastic_launch(settings, sys.executable)(*command, *overrides)
     except ChildFailedError as error:
         failure = RanksFailed.of(error)
         if failure.exit_code == EXIT_CODE:

@@ -6,7 +6,6 @@ import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from multiprocessing.context import ForkServerContext
 from typing import Generic, TypeVar
 
 import torch
@@ -15,6 +14,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from kd.data.base import Rows
 from kd.data.mixture import sizes_of
 from kd.data.sampler import Split, TrainSampler, ValidationSampler, order_of
+from kd.data.workers import end_with_run, start_fork_server
 from kd.types import Batch, Inputs, Rejected, Sample, UserError
 
 T = TypeVar("T")
@@ -45,6 +45,8 @@ class BatchStream(Generic[T]):
         self.rows, self.collate, self.split = rows, collate, split
         self.seed, self.shuffle = seed, shuffle
         self.num_workers, self.pin_memory = num_workers, pin_memory
+        if num_workers:
+            start_fork_server()
         self._places = order_of(rows, seed, shuffle)
         self.seek(0)
 
@@ -115,18 +117,12 @@ def _load(
             num_workers=num_workers,
             collate_fn=_Packer(collate),
             pin_memory=pin_memory,
-            multiprocessing_context=_worker_context() if num_workers else None,
+            multiprocessing_context=start_fork_server() if num_workers else None,
+            worker_init_fn=end_with_run if num_workers else None,
             # Its own generator: the default would advance torch's global random state here.
             generator=torch.Generator(),
         )
     return _Contents(iter(loader))
-
-
-def _worker_context() -> ForkServerContext:
-    # Not fork: a copy of a process with threads (OpenMP, NCCL, a logger's) may hang on their locks.
-    context = ForkServerContext()
-    context.set_forkserver_preload(["kd.data"])
-    return context
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """Ranks, meshes and sharding."""
 
+from kd.parallel.cores import num_cores
 from kd.parallel.shard import blocks, compile_blocks, local, needs_fsdp, offload_policy, shard
 from kd.parallel.world import DTYPES, ParallelConfig, World
 
@@ -11,6 +12,7 @@ __all__ = [
     "compile_blocks",
     "local",
     "needs_fsdp",
+    "num_cores",
     "offload_policy",
     "shard",
 ]

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from kd.parallel.cores import env_threads, num_cores
 from kd.types import AgreedError, UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -42,7 +43,8 @@ class ParallelConfig:
     """True: reduce-scatter after each micro-batch, which keeps only sharded gradients in memory;
     False: once per optimizer step, which saves traffic and keeps unsharded gradients."""
     cpu_threads: int = 0
-    """Threads of each rank on a CPU; 0: the machine's cores divided among the local ranks."""
+    """Threads of each rank on a CPU; 0: OMP_NUM_THREADS, or without it the cores that this process
+    may use, divided among the local ranks."""
     timeout_s: int = 1800
     tp_size: int = 1
     pp_size: int = 1
@@ -104,7 +106,7 @@ class ParallelConfig:
             device = torch.device("cpu")
             local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
             torch.set_num_threads(
-                self.cpu_threads or max(1, len(os.sched_getaffinity(0)) // local_ranks)
+                self.cpu_threads or env_threads() or max(1, num_cores() // local_ranks)
             )
         _init_process_group(device, self.timeout_s)
         size = dist.get_world_size()

@@ -1,0 +1,121 @@
+"""What holds for every process of kd, settled before torch is imported (by `import kd`).
+
+Threads that wait for others go to sleep soon, and a process whose environment names another one in
+`KD_PARENT_PID` ends when that one has ended, however it died. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+PARENT = "KD_PARENT_PID"
+"""The process that a child of it is to end with; taken out of the environment by the child."""
+
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+"""How long OpenMP's threads spin before they sleep: any of these is the user's choice."""
+SPIN_COUNT = 3000
+"""Of GNU's runtime, whose default of 300,000 keeps a core busy for milliseconds at each barrier."""
+BLOCK_TIME_MS = 1
+"""Of LLVM's and Intel's runtime, which have no finer unit in common; their default is 200."""
+
+POLL_S = 0.5
+PR_SET_PDEATHSIG = 1
+
+
+def set_up() -> None:
+    """Settle both; called by `import kd`, once for each process."""
+    spin_briefly()
+    parents = set()
+    if PARENT in os.environ:
+        parents.add(int(os.environ.pop(PARENT)))
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun itself does not see to it
+        parents.add(os.getppid())
+    for pid in parents:
+        end_with(pid)
+
+
+def spin_briefly() -> None:
+    """Let OpenMP's idle threads sleep after a short spin, unless the user has chosen otherwise.
+
+    The runtimes read it when they are loaded, so it must come before torch. A thread that spins
+    while the one it waits for has no core takes that core away from it.
+    """
+    if not any(name in os.environ for name in WAITING):
+        os.environ["GOMP_SPINCOUNT"] = str(SPIN_COUNT)
+        os.environ["KMP_BLOCKTIME"] = str(BLOCK_TIME_MS)
+
+
+def end_with(pid: int) -> None:
+    """Kill this process as soon as process `pid`, its parent or one before it, has ended.
+
+    By the kernel's parent-death signal where there is one, which also ends a process that hangs;
+    else by a thread that watches. The signal comes when the *thread* that started this process
+    ends: it must be one that lives as long as its process.
+    """
+    if os.getppid() == pid and _signal_on_parents_death():
+        if os.getppid() != pid:  # it ended before the signal was asked for
+            _end()
+        return
+    threading.Thread(target=_watch, args=(pid,), name="parent", daemon=True).start()
+
+
+@contextmanager
+def children_end_with_this() -> Iterator[None]:
+    """While it lasts, processes of kd that this thread starts will end when this process does."""
+    before = os.environ.get(PARENT)
+    os.environ[PARENT] = str(os.getpid())
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[PARENT]
+        else:
+            os.environ[PARENT] = before
+
+
+def _end() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _signal_on_parents_death() -> bool:
+    if sys.platform != "linux":
+        return False
+    return ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) == 0
+
+
+def _watch(pid: int) -> None:
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        pass
+    except (OSError, AttributeError):  # an old kernel, or none of Linux
+        _poll(pid)
+    else:
+        ended = select.poll()  # select() takes no descriptor above 1023
+        ended.register(descriptor, select.POLLIN)
+        ended.poll()
+    _end()
+
+
+def _poll(pid: int) -> None:
+    is_parent = os.getppid() == pid
+    while os.getppid() == pid if is_parent else _exists(pid):
+        time.sleep(POLL_S)
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
