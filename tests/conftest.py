@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -14,6 +13,8 @@ import torch
 from hydra.core.global_hydra import GlobalHydra
 
 from kd import run as kd_run
+
+pytest_plugins = ["tests.hangs"]
 
 # Small enough for seconds, real enough to learn: the digits student on few rows.
 FAST = [
@@ -70,8 +71,3 @@ def metrics(run_dir: Path, key: str) -> dict[int, float]:
 def repo() -> Path:
     """The checkout."""
     return Path(__file__).parents[1]
-
-
-def subprocess_env(threads: int = 1) -> dict[str, str]:
-    """Environment of a command line in a test."""
-    return {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
 
 import pytest
 
-from tests.conftest import metrics, subprocess_env
+from tests.conftest import metrics
 from tests.distributed.test_ranks import CONFIG, TORCHRUN, options
+from tests.processes import completed, environment
 from tests.recipes.test_batching import HYBRID, KEYS
 
 
@@ -28,14 +28,9 @@ def test_two_ranks_with_a_budget_equal_one_process(train, rows, tmp_path, repo):
     ]
     (tmp_path / "runs.json").write_text(json.dumps(two))
     script = repo / "tests" / "distributed" / "recipe_runs.py"
-    done = subprocess.run(
-        [*TORCHRUN, "--nproc-per-node", "2", str(script), str(tmp_path / "runs.json")],
-        env={**subprocess_env(), "PYTHONPATH": str(repo)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    two = [*TORCHRUN, "--nproc-per-node", "2", script, tmp_path / "runs.json"]
+    done = completed(*two, env=environment(PYTHONPATH=str(repo)))
+    assert done.returncode == 0, done.tail()
     for option, overrides in models.items():
         one = train(CONFIG, f"{option}_one", *overrides, "train.micro_batch_size=6")
         run = tmp_path / "runs" / f"{option}_two"

@@ -7,14 +7,14 @@ always. Teachers are of another family than their students.
 from __future__ import annotations
 
 import json
-import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import metrics, subprocess_env
+from tests.conftest import metrics
 from tests.distributed.test_ranks import CONFIG, KEYS, TORCHRUN, options
 from tests.model.families import write
+from tests.processes import completed, environment
 
 FAMILIES = [
     "lfm2_vl",
@@ -55,14 +55,9 @@ def test_every_family_on_two_ranks_equals_one_process(train, rows, tmp_path, rep
     ]
     (tmp_path / "runs.json").write_text(json.dumps(two))
     script = repo / "tests" / "distributed" / "recipe_runs.py"
-    done = subprocess.run(
-        [*TORCHRUN, "--nproc-per-node", "2", str(script), str(tmp_path / "runs.json")],
-        env={**subprocess_env(), "PYTHONPATH": str(repo)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    two = [*TORCHRUN, "--nproc-per-node", "2", script, tmp_path / "runs.json"]
+    done = completed(*two, env=environment(PYTHONPATH=str(repo)))
+    assert done.returncode == 0, done.tail()
     for family, overrides in runs.items():
         one = train(CONFIG, family, *overrides, "train.micro_batch_size=4")
         two = tmp_path / "runs" / f"{family}_two"

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
 
 import pytest
 
-from tests.conftest import metrics, subprocess_env
+from tests.conftest import metrics
 from tests.distributed.test_ranks import CONFIG, TORCHRUN
+from tests.processes import completed, environment
 from tests.recipes.test_mixtures import EXACT, MIX, MIXED, OTHERS, PER_DATA_SET, STUDENT
 
 KEYS = ("train/loss", "train/ce", "train/kd", "val/loss")
@@ -24,14 +24,9 @@ def test_two_ranks_equal_one_process(train, tmp_path, repo):
     two = [*base, f"run.dir={tmp_path / 'runs'}", "run.name=two", "logger=jsonl"]
     (tmp_path / "runs.json").write_text(json.dumps([[*two, "train.micro_batch_size=1"]]))
     script = repo / "tests" / "distributed" / "recipe_runs.py"
-    done = subprocess.run(
-        [*TORCHRUN, "--nproc-per-node", "2", str(script), str(tmp_path / "runs.json")],
-        env={**subprocess_env(), "PYTHONPATH": str(repo)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    two = [*TORCHRUN, "--nproc-per-node", "2", script, tmp_path / "runs.json"]
+    done = completed(*two, env=environment(PYTHONPATH=str(repo)))
+    assert done.returncode == 0, done.tail()
     parts = [key + name for key in (*PER_DATA_SET, "val/loss_") for name in ("pictures", "words")]
     run = train(CONFIG, "one", *base, "train.micro_batch_size=2", fast=False)
     for key in (*KEYS, *parts):

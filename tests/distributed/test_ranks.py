@@ -4,35 +4,28 @@ from __future__ import annotations
 
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import metrics, subprocess_env
+from tests.conftest import metrics
+from tests.processes import completed, python
 from tests.teacher.serving import Server
 
 CONFIG = "qwen_vl_kd"  # its models, data and precision replaced by tiny ones
 KEYS = ("train/loss", "train/ce", "train/kd", "train/grad_norm", "val/loss", "val/kd")
 
 
-PYTHON = [sys.executable, "-m", "kd.run"]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+PYTHON = python("-m", "kd.run")
+TORCHRUN = python("-m", "torch.distributed.run", "--standalone")
 
 
 def ranks(name: str, *overrides: str, command: list[str] = PYTHON, config: str = CONFIG) -> None:
     """Run on two ranks."""
-    done = subprocess.run(
-        [*command, "--config-name", config, f"run.name={name}", *overrides],
-        env=subprocess_env(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = completed(*command, "--config-name", config, f"run.name={name}", *overrides)
+    assert done.returncode == 0, done.tail()
 
 
 def options(tmp_path: Path, rows: Path) -> list[str]:
@@ -231,16 +224,16 @@ def test_a_served_teacher_on_ranks_equals_one_process(train, rows, tmp_path):
     base = options(tmp_path, rows)
     alone = ["teacher=none", "kd_ratio=0", "student.seed=3", "train.micro_batch_size=4"]
     model = train(CONFIG, "teacher", *base, *alone) / "export"
-    server = Server(model, tmp_path / "log")
+    server = Server(model, compute_dtype="float64")
     try:
         base += ["teacher=server", f"teacher.name={model}", f"teacher.urls=[{server.url}]"]
         base += ["teacher.max_length=400", "teacher.wait_s=1"]
         one = train(CONFIG, "one", *base, "train.micro_batch_size=4")
         two = [*base, "parallel.nproc=2", "train.micro_batch_size=1"]
         ranks("two", *two)
-        for key in KEYS:  # served in float32
+        for key in KEYS:
             got = metrics(tmp_path / "runs" / "two", key)
-            assert got == pytest.approx(metrics(one, key), rel=1e-5), key
+            assert got == pytest.approx(metrics(one, key), rel=1e-6), key
     finally:
         server.stop()
     with pytest.raises(AssertionError, match="error: no server was of use for 1 s"):
@@ -259,15 +252,8 @@ def test_a_mistake_on_ranks_ends_with_plain_words(tmp_path, rows, rollout, train
         how = ["teacher=local", f"teacher.name={model}", f"student.name={model}", *ROLLOUTS]
         base[base.index("student=digits_small")] = "student=pretrained"
     rows.write_text(rows.read_text().replace("5_0.png", "missing.png"))
-    command = [sys.executable, "-m", "kd.run", "--config-name", CONFIG, "run.name=bad"]
     base += ["parallel.nproc=2", "train.micro_batch_size=2"]
-    done = subprocess.run(
-        [*command, *base, *how],
-        env=subprocess_env(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 2, done.stderr[-3000:]
+    done = completed(*PYTHON, "--config-name", CONFIG, "run.name=bad", *base, *how)
+    assert done.returncode == 2, done.tail()
     assert "missing.png" in done.stderr
     assert "Traceback" not in done.stderr

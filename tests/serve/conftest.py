@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import random
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +29,7 @@ from kd.teacher.payload import Payload
 from kd.teacher.wire import unpack_reply
 from kd.types import DenseTargets, Rollout, Sample
 from tests.model.families import write
+from tests.processes import LIMIT_S, join, wait_for
 
 MAX_LENGTH = 256
 
@@ -79,14 +79,16 @@ class Client:
 
     def get(self, path: str, **options: Any) -> httpx.Response:
         headers = {**self.headers, **options.pop("headers", {})}
-        return httpx.get(self.url + path, headers=headers, timeout=30, trust_env=False, **options)
+        return httpx.get(
+            self.url + path, headers=headers, timeout=LIMIT_S, trust_env=False, **options
+        )
 
     def post(self, body: Any = None, **options: Any) -> httpx.Response:
         headers = {**self.headers, **options.pop("headers", {})}
         if body is not None:
             options["json"] = body
         url = f"{self.url}/v1/targets"
-        return httpx.post(url, headers=headers, timeout=60, trust_env=False, **options)
+        return httpx.post(url, headers=headers, timeout=LIMIT_S, trust_env=False, **options)
 
     def payloads(self, rows: list[Rollout], **asked: Any) -> list[Payload]:
         reply = self.post(request(rows, **asked))
@@ -107,14 +109,6 @@ class Running(Client):
 
     model: ServedModel = field(kw_only=True)
     uvicorn: Server = field(kw_only=True)
-
-
-def wait_for(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
-    """Until it holds."""
-    end = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 class Local:
@@ -178,19 +172,15 @@ def serving(folder: Path, world: World, **limits: Any) -> Iterator[Running]:
 
     thread = threading.Thread(target=lambda: asyncio.run(work()))
     thread.start()
-    assert ready.wait(30)
+    assert ready.wait(LIMIT_S)
     token = config.serve.token
     headers = {} if token is None else {"Authorization": f"Bearer {token}"}
     server, loop = started[0]
-    deadline = time.monotonic() + 30
-    while not server.started:  # before, the port is taken, but nobody listens
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_for(lambda: server.started)  # before, the port is taken, but nobody listens
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     try:
         yield Running(url, headers, model=model, uvicorn=server)
     finally:
         if thread.is_alive():
             loop.call_soon_threadsafe(server.gate.drain)
-        thread.join(30)
-        assert not thread.is_alive()
+        join(thread)

@@ -21,7 +21,9 @@ from kd.serve.server import bind
 from kd.teacher.payload import Hidden, Payload, TopK, top_k
 from kd.teacher.wire import Info, prompt_digest, unpack_head, unpack_reply
 from kd.types import Rollout, UserError
-from tests.serve.conftest import Local, Running, request, rollouts, serving, wait_for
+from tests.precision import assert_same_rows, log_prob_rounding
+from tests.processes import LIMIT_S, wait_for
+from tests.serve.conftest import Local, Running, request, rollouts, serving
 
 Asked = tuple[int, float, int] | None
 FAMILIES = ("qwen3_5_hybrid", "lfm2_vl")
@@ -50,7 +52,7 @@ def assert_is_of(payload: Payload, local: Local, row: Rollout, top: Asked = None
     dense = local.dense(row)
     if top is None:
         assert isinstance(payload, Hidden)
-        torch.testing.assert_close(payload.hidden_ND, dense.hidden_ND, rtol=1e-5, atol=1e-5)
+        assert_same_rows(payload.hidden_ND, dense.hidden_ND, local.vlm.model)
         return
     k, temperature, vocab = top
     wanted = top_k(dense, torch.tensor(row.response_ids), *top)
@@ -61,8 +63,9 @@ def assert_is_of(payload: Payload, local: Local, row: Rollout, top: Asked = None
     pairs = [(payload.logp_NK, found_NK)]
     for name in ("logp_NK", "response_logp_N", "tail_N"):
         pairs.append((getattr(payload, name), getattr(wanted, name)))
+    atol = log_prob_rounding(logits_NV, local.vlm.model)
     for got, right in pairs:
-        torch.testing.assert_close(got, right, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(got, right, rtol=0, atol=atol)
 
 
 def test_hidden_states_are_the_models(pair):
@@ -118,7 +121,7 @@ def test_everybody_gets_their_own_answer(pair):
     tokens = server.metric("kd_serve_batch_tokens_sum")
 
     async def ask_all() -> list[httpx.Response]:
-        async with httpx.AsyncClient(trust_env=False, timeout=60) as client:
+        async with httpx.AsyncClient(trust_env=False, timeout=LIMIT_S) as client:
 
             async def ask(rows: list[Rollout], top: Asked):
                 names = ("k", "temperature", "vocab")
@@ -172,7 +175,7 @@ def test_who_comes_when_too_much_waits_is_sent_away_for_a_while(slow):
         return await client.post(f"{slow.url}/v1/targets", json=full)
 
     async def ask_all() -> list[httpx.Response]:
-        async with httpx.AsyncClient(trust_env=False, timeout=60) as client:
+        async with httpx.AsyncClient(trust_env=False, timeout=LIMIT_S) as client:
             return await asyncio.gather(ask(client, 0), ask(client, 0.15))
 
     first, second = asyncio.run(ask_all())
@@ -188,7 +191,7 @@ def test_who_comes_when_too_much_waits_is_sent_away_for_a_while(slow):
 
 def test_so_many_requests_at_once_and_no_more(slow):
     async def ask_all() -> list[int]:
-        async with httpx.AsyncClient(trust_env=False, timeout=60) as client:
+        async with httpx.AsyncClient(trust_env=False, timeout=LIMIT_S) as client:
             short = {"messages": [{"role": "user", "content": "A"}], "response_ids": [40]}
             body = {"rows": [short], "kind": "hidden"}
             posts = (client.post(f"{slow.url}/v1/targets", json=body) for _ in range(6))
@@ -228,7 +231,7 @@ def test_a_row_that_the_model_fails_at_harms_no_other(folder, world):
 
         async def ask_all() -> list[httpx.Response]:
             broken = dataclasses.replace(good[0], response_ids=[bad])
-            async with httpx.AsyncClient(trust_env=False, timeout=60) as client:
+            async with httpx.AsyncClient(trust_env=False, timeout=LIMIT_S) as client:
                 posts = (
                     client.post(f"{server.url}/v1/targets", json=request([row]))
                     for row in (good[0], broken, good[1])
@@ -255,8 +258,8 @@ def test_a_signal_lets_requests_under_way_be_answered(folder, world):
         refused = server.post(request(rows))
         assert refused.status_code == 503
         assert refused.json()["error"]["message"] == "the server ends"
-        assert under_way.result().status_code == 200
-        assert len(unpack_reply(under_way.result().content).payloads) == len(rows)
+        assert under_way.result(LIMIT_S).status_code == 200
+        assert len(unpack_reply(under_way.result(LIMIT_S).content).payloads) == len(rows)
 
 
 @pytest.mark.parametrize(("limits", "room"), [({}, 512), ({"max_batch_tokens": 300}, 300)])

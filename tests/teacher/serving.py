@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import signal
-import subprocess
-import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -16,16 +14,14 @@ from pathlib import Path
 
 import httpx
 
-from tests.conftest import subprocess_env
-
-START_TIMEOUT_S = 120
+from tests.processes import Process, python
 
 
 class Server:
     """`python -m kd.serve`, started and ended as often as a test likes."""
 
-    def __init__(self, model: Path, log: Path, *options: str) -> None:
-        self.model, self.log, self.options = model, log, options
+    def __init__(self, model: Path, *options: str, compute_dtype: str = "float32") -> None:
+        self.model, self.options, self.compute_dtype = model, options, compute_dtype
         self.port = 0
         self.start()
 
@@ -35,39 +31,27 @@ class Server:
 
     def start(self) -> None:
         """On the same port as before."""
-        command = [sys.executable, "-m", "kd.serve", f"teacher.name={self.model}"]
-        settings = [f"serve.port={self.port}", "parallel.compute_dtype=float32"]
-        settings += ["teacher.dtype=float32", "parallel.cpu_threads=1", "serve.max_length=512"]
-        settings += self.options
-        start = self.log.stat().st_size if self.log.exists() else 0
-        with self.log.open("ab") as out:
-            self.process = subprocess.Popen(
-                [*command, *settings], stdout=out, stderr=out, env=subprocess_env()
-            )
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while time.monotonic() < deadline:
-            said = self.log.read_bytes()[start:].decode(errors="replace")
-            found = re.search(r"serving .* at http://127\.0\.0\.1:(\d+)", said)
-            if found:
-                self.port = int(found[1])
-                return
-            assert self.process.poll() is None, said
-            time.sleep(0.1)
-        raise AssertionError(said)
+        command = python("-m", "kd.serve", f"teacher.name={self.model}")
+        settings = [f"serve.port={self.port}", f"parallel.compute_dtype={self.compute_dtype}"]
+        settings += ["teacher.dtype=float32", "parallel.cpu_threads=1"]
+        settings += ["serve.max_length=512", *self.options]
+        self.process = Process(*command, *settings, one_output=True)
+        self.process.wait_for(self._address)
+        self.port = int(self._address()[1])
+
+    def _address(self) -> re.Match[str] | None:
+        return re.search(r"serving .* at http://127\.0\.0\.1:(\d+)", self.process.stdout)
 
     def kill(self) -> None:
         """kill -9."""
-        self.process.kill()
-        self.process.wait()
+        self.process.end()
 
     def stop(self) -> None:
         """As an operator would."""
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-            try:
-                self.process.wait(20)
-            except subprocess.TimeoutExpired:
-                self.kill()
+        if self.process.returncode is None:
+            os.kill(self.process.pid, signal.SIGTERM)
+            self.process.wait()
+        self.process.end()
 
 
 Fault = Callable[[int, bytes], tuple[int, bytes] | None]

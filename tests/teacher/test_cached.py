@@ -30,6 +30,7 @@ from kd.teacher.store import segment_paths
 from kd.teacher.weights import folder_digest, weights_digest
 from kd.types import UserError
 from tests.conftest import FAST, metrics
+from tests.processes import join
 
 LOSSES = ("train/loss", "train/ce", "train/kd", "train/grad_norm")
 LOADED = "the teacher that fills"
@@ -222,8 +223,7 @@ def on_ranks(module: str, folder: Path, *arguments: str) -> None:
         )
         for rank, log in enumerate(logs)
     ]
-    for process in processes:
-        process.join()
+    join(*processes)
     codes = [process.exitcode for process in processes]
     assert codes == [0, 0], [log.read_text()[-2000:] for log in logs]
 
@@ -407,7 +407,7 @@ def test_killed_and_started_again(fill, teacher, tmp_path, caplog):
         assert process.is_alive(), (tmp_path / "log").read_text()
         time.sleep(0.001)
     process.kill()
-    process.join()
+    join(process)
     assert process.exitcode == -signal.SIGKILL
     assert not list(store.damage(segment_paths(tmp_path / "cache" / "segments")))
     with caplog.at_level("INFO"):
@@ -421,7 +421,7 @@ def test_filled_by_two_ranks_and_another_at_the_same_time(fill, teacher, tmp_pat
     arguments = [*filling(teacher, tmp_path), "data.num_images=20"]
     other = start("kd.cache", arguments, segment_bytes=20_000, stderr=tmp_path / "log")
     on_ranks("kd.cache", tmp_path, *arguments)
-    other.join()
+    join(other)
     assert other.exitcode == 0, (tmp_path / "log").read_text()
     fill("data.num_images=20", "--verify")
     found = report(capsys.readouterr().out)
@@ -433,7 +433,7 @@ def test_a_disk_that_is_full(fill, teacher, tmp_path, capsys):
     """As a limit on the size of files, which the head keeps below."""
     arguments = [*filling(teacher, tmp_path), "data.num_images=20"]
     process = start("kd.cache", arguments, file_bytes=200_000, stderr=tmp_path / "log")
-    process.join()
+    join(process)
     assert process.exitcode == 2
     error = (tmp_path / "log").read_text()
     assert "cannot write the cache" in error and "File too large" in error

@@ -16,6 +16,7 @@ import torch
 from kd.teacher.manifest import Manifest, read_head, read_manifest, write_head
 from kd.teacher.store import Store, damage, segment_paths
 from kd.types import UserError, digest
+from tests.processes import LIMIT_S, join
 
 
 def key(i: int) -> bytes:
@@ -111,7 +112,7 @@ def test_killed_while_it_fills(tmp_path):
         while len(segment_paths(tmp_path)) < enough:
             assert process.is_alive()
         process.kill()
-        process.join()
+        join(process)
         published = len(Store(tmp_path))
         assert published >= 10 * enough - 10
         check(tmp_path, range(published))
@@ -198,14 +199,13 @@ def test_a_manifest_is_of_whoever_comes_first(tmp_path):
     start = threading.Barrier(len(others))
 
     def create(mine: Manifest) -> None:
-        start.wait()
+        start.wait(LIMIT_S)
         won.append(mine.write(tmp_path))
 
     threads = [threading.Thread(target=create, args=[mine]) for mine in others]
     for thread in threads:
         thread.start()
-    for thread in threads:
-        thread.join()
+    join(*threads)
     assert len(won) == 8 and all(manifest == won[0] for manifest in won)
     assert won[0] in others and read_manifest(tmp_path) == won[0]
     assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
