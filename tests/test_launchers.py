@@ -6,8 +6,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 
 import pytest
 from hydra.core.config_store import ConfigStore
@@ -15,9 +13,9 @@ from hydra.core.plugins import Plugins
 from omegaconf import OmegaConf
 
 from kd.stop import children
-from tests.conftest import metrics, subprocess_env
+from tests.conftest import metrics
+from tests.processes import python, started
 from tests.test_run import SWEEP
-from tests.test_stop import wait_for
 
 
 def test_points_of_a_sweep_as_jobs_of_their_own(kd_main, tmp_path, capsys):
@@ -34,17 +32,15 @@ def test_points_of_a_sweep_as_jobs_of_their_own(kd_main, tmp_path, capsys):
 
 def test_a_job_that_is_to_end_is_queued_again_and_goes_on(tmp_path):
     """By the signal that submitit has sent at the time limit; scripts/test_slurm.sh has ranks."""
-    command = [sys.executable, "-m", "kd.run", "-m", "--config-name", "digits_teacher", *SWEEP]
+    command = python("-m", "kd.run", "-m", "--config-name", "digits_teacher", *SWEEP)
     command += ["hydra/launcher=submitit_local", f"run.dir={tmp_path}", "doctor=never"]
-    command += ["train.max_steps=100"]
-    process = subprocess.Popen(command, env=subprocess_env(), stderr=subprocess.PIPE, text=True)
     run = tmp_path / "digits_teacher_sweep"  # nothing is swept
-    wait_for(process, (run / "metrics.jsonl").exists)
-    (controller,) = (pid for pid in children(process.pid) if children(pid))
-    (job,) = children(controller)
-    os.kill(job, signal.SIGUSR2)
-    _, printed = process.communicate(timeout=120)
-    assert process.returncode == 0, printed
+    with started(*command, "train.max_steps=100") as process:
+        process.wait_for((run / "metrics.jsonl").exists)
+        (controller,) = (pid for pid in children(process.pid) if children(pid))
+        (job,) = children(controller)
+        os.kill(job, signal.SIGUSR2)
+        assert process.wait() == 0, process.tail()
     assert json.loads((run / "status.json").read_text())["status"] == "finished"
     assert list(metrics(run, "train/loss")) == list(range(1, 101))
     (log,) = (run / ".submitit").glob("*/*_log.err")

@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import subprocess_env
+from tests.processes import Process, completed, environment, python
 
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The built wheel, unpacked as an installer would."""
     folder = tmp_path_factory.mktemp("wheel")
-    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder]
-    repo = Path(__file__).parents[1]
-    subprocess.run([*build, repo], check=True, capture_output=True)
+    build = python("-m", "build", "--wheel", "--no-isolation", "--outdir", folder)
+    done = completed(*build, Path(__file__).parents[1])
+    assert done.returncode == 0, done.tail()
     with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
         wheel.extractall(folder / "site")
     return folder / "site"
 
 
-def run(installed: Path, cwd: Path, *args: str) -> subprocess.CompletedProcess[str]:
-    env = {**subprocess_env(), "PYTHONPATH": str(installed)}
-    command = [sys.executable, "-m", "kd.run", *args]
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
+def run(installed: Path, cwd: Path, *args: str) -> Process:
+    command = python("-m", "kd.run", *args)
+    return completed(*command, cwd=cwd, env=environment(PYTHONPATH=str(installed)))
 
 
 def test_ships_configs_recipes_and_licence(installed):

@@ -9,8 +9,8 @@ import functools
 import os
 import shlex
 import signal
-import subprocess
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,7 @@ from hydra import compose, initialize_config_dir
 
 from kd.config import register, to_object
 from kd.run import config_dir
+from tests.processes import Process, completed
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 SBATCH = sorted((SCRIPTS / "slurm").glob("*.sbatch"))
@@ -38,26 +39,28 @@ STAND_INS = {
 
 
 @pytest.fixture
-def job(tmp_path: Path):
+def job(tmp_path: Path) -> Iterator[Callable[..., Process]]:
     """Start a script as the batch step of a job."""
+    processes: list[Process] = []
     for name, body in STAND_INS.items():
         path = tmp_path / name
         path.write_text(f"#!/usr/bin/env bash\n{body}\n")
         path.chmod(0o755)
 
-    def start(script: str, *args: str, **env: str) -> subprocess.Popen[str]:
+    def start(script: str, *args: str, **env: str) -> Process:
         job_env = {"SLURM_JOB_ID": "12", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_NUM_NODES": "2"}
         env = {**os.environ, **job_env, "TOLD": str(tmp_path / "told"), **env}
         env["PATH"] = f"{tmp_path}:{env['PATH']}"
         # A run in this process has the signal held back for what is started after it.
         unblock = functools.partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, {signal.SIGUSR1})
-        return subprocess.Popen(
-            ["bash", str(SCRIPTS / "slurm" / script), *args],
-            **{"env": env, "cwd": tmp_path, "text": True, "preexec_fn": unblock},
-            **{"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT},
-        )
+        command = ["bash", SCRIPTS / "slurm" / script, *args]
+        options = {"env": env, "cwd": tmp_path, "preexec_fn": unblock}
+        processes.append(Process(*command, one_output=True, **options))
+        return processes[-1]
 
-    return start
+    yield start
+    for process in processes:
+        process.end()
 
 
 def told(tmp_path: Path) -> list[str]:
@@ -68,7 +71,7 @@ def told(tmp_path: Path) -> list[str]:
 
 @pytest.mark.parametrize("path", [*SBATCH, SCRIPTS / "test_slurm.sh"], ids=lambda path: path.name)
 def test_scripts_parse(path):
-    subprocess.run(["bash", "-n", str(path)], check=True)
+    assert completed("bash", "-n", path).returncode == 0
 
 
 @pytest.mark.parametrize("path", SBATCH, ids=lambda path: path.name)
@@ -87,8 +90,7 @@ def test_a_point_of_a_sweep_is_a_line_of_the_file(job, tmp_path):
     args = ["points.txt", "runs/my_sweep", "--config-name", "digits_kd", "run.seed=3"]
     for number, name, ratio in (("1", "kd_ratio=0.5,loss=jsd", 0.5), ("2", None, 0.9)):
         process = job("sweep.sbatch", *args, SLURM_ARRAY_TASK_ID=number)
-        printed, _ = process.communicate(timeout=30)
-        assert process.returncode == 0, printed
+        assert process.wait() == 0, process.tail()
         words = told(tmp_path)
         assert words[:3] == ["--config-name", "digits_kd", "run.seed=3"]
         assert f"kd_ratio={ratio}" in words
@@ -100,8 +102,8 @@ def test_a_point_of_a_sweep_is_a_line_of_the_file(job, tmp_path):
             run = to_object(compose("digits_kd", overrides=words[2:])).run
         assert run.path == Path("runs/my_sweep") / name
     process = job("sweep.sbatch", *args, SLURM_ARRAY_TASK_ID="3")
-    assert "points.txt has no line 3" in process.communicate(timeout=30)[0]
-    assert process.returncode == 2
+    assert process.wait() == 2
+    assert "points.txt has no line 3" in process.stdout
 
 
 @pytest.mark.parametrize("script", ["train.sbatch", "sweep.sbatch"])
@@ -111,7 +113,7 @@ def test_only_a_run_that_was_stopped_is_queued_again(job, tmp_path, script, code
     first = ["points.txt", "runs/s"] if script == "sweep.sbatch" else []
     args = [*first, "--config-name", "digits_kd"]
     process = job(script, *args, CODE=str(code), SLURM_ARRAY_TASK_ID="1")
-    process.communicate(timeout=30)
+    process.wait()
     queued = tmp_path / "told.scontrol"
     assert queued.exists() == again
     assert process.returncode == (-signal.SIGTERM if again else code)
@@ -120,11 +122,9 @@ def test_only_a_run_that_was_stopped_is_queued_again(job, tmp_path, script, code
 
 def test_the_signal_of_the_time_limit_reaches_the_run(job, tmp_path):
     process = job("train.sbatch", "--config-name", "digits_kd", "a=b c", WAITS="400")
-    ends = time.monotonic() + 30
-    while not (tmp_path / "told").exists() and time.monotonic() < ends:
-        time.sleep(0.02)
+    process.wait_for((tmp_path / "told").exists)
     time.sleep(0.3)  # until its trap is set
-    process.send_signal(signal.SIGUSR1)
-    printed, _ = process.communicate(timeout=10)
-    assert "stopped (exit code 75)" in printed
+    os.kill(process.pid, signal.SIGUSR1)
+    process.wait()
+    assert "stopped (exit code 75)" in process.stdout
     assert told(tmp_path) == ["--config-name", "digits_kd", "a=b c"]

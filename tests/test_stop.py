@@ -5,18 +5,16 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from kd.checkpoint import verify
 from kd.stop import EXIT_CODE, children, stop_request
-from tests.conftest import FAST, metrics, subprocess_env
+from tests.conftest import FAST, metrics
+from tests.processes import LIMIT_S, join, python, started
 
 RUN = [
     *("student=digits_small", "train.max_steps=99", "data.num_workers=0", "doctor=never"),
@@ -31,25 +29,12 @@ Path(sys.argv[1], os.environ["RANK"]).touch()
 while not Path(sys.argv[1], "sent").exists():
     time.sleep(0.02)
 stop_request.listen()
-ends = time.monotonic() + 30
+ends = time.monotonic() + 300
 while not stop_request.asked and time.monotonic() < ends:
     time.sleep(0.02)
 if stop_request.asked:
     raise Stopped
 """
-
-
-def start(*command: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", *command], env=subprocess_env(), stderr=subprocess.PIPE, text=True
-    )
-
-
-def wait_for(process: subprocess.Popen[str], condition: Callable[[], bool]) -> None:
-    ends = time.monotonic() + 120
-    while not condition():
-        assert process.poll() is None and time.monotonic() < ends, process.communicate()
-        time.sleep(0.02)
 
 
 def outcomes(run: Path) -> list[dict[str, float]]:
@@ -65,7 +50,7 @@ def test_stopped_and_started_again_equals_never_having_stopped(train, tmp_path):
     run = tmp_path / "runs" / "stopped"
 
     def ask() -> None:
-        ends = time.monotonic() + 120
+        ends = time.monotonic() + LIMIT_S
         while not (run / "metrics.jsonl").exists() and time.monotonic() < ends:
             time.sleep(0.005)
         os.kill(os.getpid(), signal.SIGUSR1)
@@ -77,7 +62,7 @@ def test_stopped_and_started_again_equals_never_having_stopped(train, tmp_path):
         with pytest.raises(SystemExit) as ended:
             train("digits_teacher", "stopped", *options)
     finally:
-        asking.join()
+        join(asking)
         stop_request.asked = False  # as in a new process
     assert ended.value.code == EXIT_CODE
     assert json.loads((run / "status.json").read_text())["status"] == "stopped"
@@ -91,11 +76,11 @@ def test_stopped_and_started_again_equals_never_having_stopped(train, tmp_path):
 def test_one_rank_that_is_told_stops_all_after_the_same_step(tmp_path):
     run = tmp_path / "run"
     options = [f"run.dir={tmp_path}", "run.name=run", *FAST, *RUN]
-    process = start("kd.run", "--config-name", "digits_teacher", *options)
-    wait_for(process, (run / "metrics.jsonl").exists)
-    os.kill(max(children(process.pid)), signal.SIGUSR1)  # the rank started last
-    _, printed = process.communicate(timeout=60)
-    assert (process.returncode, printed) == (EXIT_CODE, "")
+    with started(*python("-m", "kd.run", "--config-name", "digits_teacher", *options)) as process:
+        process.wait_for((run / "metrics.jsonl").exists)
+        os.kill(max(children(process.pid)), signal.SIGUSR1)  # the rank started last
+        process.wait()
+    assert (process.returncode, process.stderr) == (EXIT_CODE, "")
     status = json.loads((run / "status.json").read_text())
     assert status["status"] == "stopped" and 0 < status["step"] < 99
     (checkpoint,) = (run / "checkpoints").iterdir()
@@ -106,9 +91,8 @@ def test_one_rank_that_is_told_stops_all_after_the_same_step(tmp_path):
 def test_torchrun_passes_it_on_also_before_the_ranks_listen(tmp_path):
     (tmp_path / "rank.py").write_text(RANK)
     options = ["--standalone", "--nproc-per-node=2", str(tmp_path / "rank.py"), str(tmp_path)]
-    process = start("kd.torchrun", *options)
-    wait_for(process, lambda: Path(tmp_path, "0").exists() and Path(tmp_path, "1").exists())
-    process.send_signal(signal.SIGUSR1)
-    (tmp_path / "sent").touch()
-    _, printed = process.communicate(timeout=60)
-    assert process.returncode == EXIT_CODE, printed
+    with started(*python("-m", "kd.torchrun", *options)) as process:
+        process.wait_for(lambda: Path(tmp_path, "0").exists() and Path(tmp_path, "1").exists())
+        os.kill(process.pid, signal.SIGUSR1)
+        (tmp_path / "sent").touch()
+        assert process.wait() == EXIT_CODE, process.tail()

@@ -3,7 +3,6 @@ from __future__ import annotations
 import io
 import json
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from rich.console import Console
 from kd.logger.jsonl import JsonlLogger
 from kd.sweep import differing, print_summary, read_runs, summary_table
 from kd.types import UserError
+from tests.processes import completed, python
 
 APP = """
 import json, sys
@@ -160,7 +160,6 @@ def test_multirun_ends_with_the_table(multirun, monkeypatch, capsys):
 
 def test_multirun_with_a_failed_job_ends_with_the_table(multirun):
     """In a process of its own: Hydra tells nobody of the end, so it is the end of the process."""
-    command = [sys.executable, *multirun, "fails_at=1"]
-    output = subprocess.run(command, capture_output=True, text=True)
+    output = completed(*python(*multirun, "fails_at=1"))
     assert output.returncode != 0 and "as asked" in output.stderr
     assert statuses(output.stdout) == [["1", "failed"], ["2", "finished"]]

@@ -18,6 +18,7 @@ from kd.data.digits import all_texts
 from kd.model.tiny import build_processor
 from kd.parallel import ParallelConfig, World
 from kd.types import Batch, Rejected, Sample, UserError
+from tests.processes import LIMIT_S
 
 BUDGET = 120
 
@@ -51,9 +52,9 @@ class Together(World):
 
     def gather(self, value: Any) -> list[Any]:
         VALUES[self.rank] = value
-        BARRIER.wait(timeout=60)
+        BARRIER.wait(LIMIT_S)
         values = [VALUES[rank] for rank in range(self.size)]
-        BARRIER.wait(timeout=60)
+        BARRIER.wait(LIMIT_S)
         return values
 
 
@@ -133,9 +134,9 @@ def test_a_row_that_moves_must_be_there(world):
 
     with ThreadPoolExecutor(2) as pool:
         first, second = (pool.submit(run, rank) for rank in range(2))
-        first.result()
+        first.result(LIMIT_S)
         with pytest.raises(UserError, match="read by one rank and is refused on another: no such"):
-            second.result()
+            second.result(LIMIT_S)
 
 
 def test_rejected_rows_are_told_of_and_an_empty_step_is_a_batch(world):

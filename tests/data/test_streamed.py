@@ -6,10 +6,7 @@ import contextlib
 import http.server
 import itertools
 import json
-import os
 import re
-import subprocess
-import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -31,6 +28,7 @@ from kd.data.mixture import MixedRows
 from kd.data.sampler import BlockEpochs
 from kd.data.streamed import ParquetBlocks
 from kd.types import Rejected, Sample, UserError
+from tests.processes import completed, environment, python
 
 FEATURES = Features(
     {
@@ -296,11 +294,9 @@ class RangeHandler(http.server.BaseHTTPRequestHandler):
 @contextlib.contextmanager
 def serve(handler: type[RangeHandler]) -> Iterator[str]:
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as served:
-        thread = threading.Thread(target=served.serve_forever)
-        thread.start()
+        threading.Thread(target=served.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{served.server_port}"
         served.shutdown()
-        thread.join()
 
 
 @pytest.fixture
@@ -461,9 +457,7 @@ def test_a_data_set_on_the_hub(shards, tmp_path):
     handler = type("Handler", (HubHandler,), settings)
     with serve(handler) as url:
         offline = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "home")}
-        command = [sys.executable, "-c", READ_HUB]
-        environment = {**os.environ, **offline}
-        out = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+        out = completed(*python("-c", READ_HUB), env=environment(**offline))
     assert out.stdout.strip() == "66 ['1', '31', '66'] train-00002-of-00003.parquet:21", out.stderr
     assert set(column_reads(handler.ranges, shards).values()) == {1}
     size = sum(path.stat().st_size for path in shards.glob("train*"))

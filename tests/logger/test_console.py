@@ -15,6 +15,7 @@ from rich.console import Console
 
 from kd.logger import DefaultLoggerConfig
 from kd.logger.console import BarLogger, LineLogger, Pace, console_logger
+from tests.processes import LIMIT_S
 
 TRAIN = {
     "train/loss": 1.23456,
@@ -131,7 +132,7 @@ def test_real_terminal_gets_the_bar(tmp_path, monkeypatch):
     with ThreadPoolExecutor() as pool:  # a terminal that nobody reads blocks its writer
         reading = pool.submit(read_terminal, leader)
         output_to(follower, tmp_path, monkeypatch)
-        output = reading.result()
+        output = reading.result(LIMIT_S)
     assert b"\x1b[" in output and "━".encode() in output
     assert b"step 4/4" in output and b"step 4  val  accuracy 0.5" in output
 

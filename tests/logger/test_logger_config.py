@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import sysconfig
 from pathlib import Path
 
@@ -22,6 +20,7 @@ from kd.logger import (
 )
 from kd.logger.jsonl import JsonlLogger
 from kd.types import UserError
+from tests.processes import completed, python
 
 OPTIONS = {"jsonl": LoggerConfig, "default": DefaultLoggerConfig, "wandb": WandbLoggerConfig}
 
@@ -133,8 +132,7 @@ def test_missing_wandb_names_the_extra(tmp_path, repo):
     (tmp_path / "wandb").mkdir()
     program = "from kd.logger import WandbLoggerConfig; WandbLoggerConfig().validate()"
     env = {**os.environ, "PYTHONPATH": f"{repo}{os.pathsep}{site}"}
-    command = [sys.executable, "-S", "-c", program]
-    output = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+    output = completed(*python("-S", "-c", program), env=env, cwd=tmp_path)
     last = output.stderr.splitlines()[-1]
     assert last.startswith("kd.types.UserError: ")
     assert 'pip install "kd-vlm[wandb]"' in last

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import struct
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from wandb.proto import wandb_internal_pb2
 from kd.logger import WandbLoggerConfig
 from kd.logger.wandb import WandbLogger
 from kd.types import UserError
+from tests.processes import completed, python
 
 Record: Any = wandb_internal_pb2.Record  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -165,8 +164,8 @@ def test_missing_credentials_end_the_run_at_its_start(tmp_path):
 
 def test_dead_service_is_said_once_and_training_goes_on(tmp_path):
     """In a process of its own: wandb's hook at the end of it complains of the dead service."""
-    command = [sys.executable, "-c", DEAD_SERVICE, str(tmp_path)]
-    output = subprocess.run(command, capture_output=True, text=True, check=True)
+    output = completed(*python("-c", DEAD_SERVICE, tmp_path))
+    assert output.returncode == 0, output.tail()
     assert output.stdout == "went on\n"
     assert output.stderr.count("gets no more of this run") == 1
     assert str(tmp_path / "metrics.jsonl") in output.stderr

@@ -2,8 +2,6 @@
 
 import logging
 import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from kd.loss.divergences import forward_kl, generalized_jsd, reverse_kl
 from kd.objective import CompilePolicy, KDOutput, fused_linear_kd
 from kd.objective_dense import can_compile
 from kd.types import DenseTargets, TeacherTargets, UserError
+from tests.processes import completed, python
 
 OPTIONS = {"forward_kl": ForwardKLConfig, "reverse_kl": ReverseKLConfig, "jsd": JSDConfig}
 CONFIGS = Path(__file__).parents[2] / "configs" / "loss"
@@ -355,9 +354,7 @@ except UserError as error:
 def test_machine_without_a_compiler_runs_eagerly_and_says_so(tmp_path):
     env = os.environ | {"CXX": str(tmp_path / "none"), "PATH": str(tmp_path)}
     env |= {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": os.getcwd()}
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_COMPILER], env=env, capture_output=True, text=True
-    )
+    done = completed(*python("-c", WITHOUT_COMPILER), env=env)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("the loss runs eagerly") == 1
     assert "torch.compile does not work here: set it to auto" in done.stdout

@@ -1,10 +1,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,7 +14,8 @@ from PIL import Image
 from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from tests.conftest import metrics, subprocess_env
+from tests.conftest import metrics
+from tests.processes import python, started
 
 LOSSES = ("train/loss", "train/ce", "train/kd", "train/grad_norm")
 
@@ -278,19 +279,16 @@ def test_killed_at_any_moment_resumes_from_the_last_whole_checkpoint(train, tmp_
         "optim.warmup_steps=2",
         "parallel.cpu_threads=1",
     ]
-    command = [sys.executable, "-m", "kd.run", "--config-name", "digits_teacher", *options]
+    command = python("-m", "kd.run", "--config-name", "digits_teacher", *options)
     checkpoints = tmp_path / "runs" / "killed" / "checkpoints"
     seen: list[int] = []
     for delay_s in (0.05, 0.31):  # a save follows a save: most of the time is spent in one
-        process = subprocess.Popen(
-            [*command, "run.name=killed"], env=subprocess_env(), stderr=subprocess.PIPE
-        )
         enough = max(seen, default=0) + 4
-        while process.poll() is None and not (checkpoints / f"step_{enough:06d}").exists():
-            time.sleep(0.005)
-        time.sleep(delay_s)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        with started(*command, "run.name=killed") as process:
+            process.wait_for((checkpoints / f"step_{enough:06d}").exists)
+            time.sleep(delay_s)
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait()
         seen += [int(path.name[5:]) for path in checkpoints.glob("step_*")]
     assert max(seen) < 40, "the run ended before it was killed"
     killed = train("digits_teacher", "killed", *options, fast=False)
