@@ -180,9 +180,10 @@ def _compiled(loss: DenseLoss, *layout: object) -> Callable[..., tuple[Tensor, T
 
 @functools.cache
 def compile_problem(device_type: str) -> str | None:
-    """Why torch.compile does not work here; None: it does. It needs a C++ compiler, Triton on a GPU.
+    """Why torch.compile does not work here; None: it does.
 
-    Found by compiling one line, once per process: what is missing shows in many different errors.
+    It needs a C++ compiler, and Triton on a GPU. Found by compiling one line, once per process:
+    what is missing shows in many different errors.
     """
     try:
         with torch.no_grad():

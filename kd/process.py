@@ -21,7 +21,7 @@ PARENT = "KD_PARENT_PID"
 
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 """How long OpenMP's threads spin before they sleep: any of these is the user's choice."""
-SPIN_COUNT = 3000
+SPIN_COUNT = 1500
 """Of GNU's runtime, whose default of 300,000 keeps a core busy for milliseconds at each barrier."""
 BLOCK_TIME_MS = 1
 """Of LLVM's and Intel's runtime, which have no finer unit in common; their default is 200."""

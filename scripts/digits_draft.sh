@@ -2,6 +2,7 @@
 # From nothing to a draft that makes a model decode faster: sets up .venv, trains a target on
 # handwritten digits, trains its draft, and decodes with it. Run it again and it resumes.
 set -euo pipefail
+export KD_PARENT_PID=$$ # what it starts ends when it does
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=$(bash scripts/setup.sh)
 

@@ -3,6 +3,7 @@
 # equal steps and at equal wall time: scripts/digits_opd.sh [seed …] (default 0 1 2).
 # Makes what it needs of scripts/digits_seeds.sh first. Let nothing else run: it measures time.
 set -euo pipefail
+export KD_PARENT_PID=$$ # what it starts ends when it does
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=$(bash scripts/setup.sh)
 [ $# -gt 0 ] || set -- 0 1 2

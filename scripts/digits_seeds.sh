@@ -2,6 +2,7 @@
 # The quickstart's comparison over several seeds: scripts/digits_seeds.sh [seed …] (default 0 1 2).
 # A seed decides the weights, the order of rows, the phrasings and which labels are wrong.
 set -euo pipefail
+export KD_PARENT_PID=$$ # what it starts ends when it does
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=$(bash scripts/setup.sh)
 [ $# -gt 0 ] || set -- 0 1 2

@@ -1,10 +1,24 @@
 #!/usr/bin/env bash
 # Make .venv (or $KD_VENV) with kd installed in place. Usage: scripts/setup.sh [extra,...]
-# Prints the venv's python on stdout; everything else goes to stderr.
+# Prints the venv's python on stdout; everything else goes to stderr. What is installed already is
+# left alone, without a package index.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv="${KD_VENV:-$PWD/.venv}"
 extras="${1:-}"
+fail() { echo "error: $*" >&2; exit 2; }
+
+# One line per set of extras, of what they were installed from; with any, there is all but extras.
+stamp="$venv/.kd-installed"
+from="$PWD $(cat pyproject.toml constraints.txt | cksum)"
+is_installed() {
+  grep -qxF "$from $extras" "$stamp" 2>/dev/null ||
+    { [ -z "$extras" ] && grep -qF "$from" "$stamp" 2>/dev/null; }
+}
+if is_installed && "$venv/bin/python" -c '' 2>/dev/null; then
+  echo "$venv/bin/python"
+  exit
+fi
 
 python=""
 for candidate in python3 python3.14 python3.13 python3.12 python3.11 python; do
@@ -14,7 +28,7 @@ for candidate in python3 python3.14 python3.13 python3.12 python3.11 python; do
     break
   fi
 done
-[ -n "$python" ] || { echo "kd needs Python 3.11 or newer on the PATH" >&2; exit 2; }
+[ -n "$python" ] || fail "kd needs Python 3.11 or newer on the PATH"
 
 # uv from the PATH if there is one, else a private copy beside the environment.
 uv=$(command -v uv || true)
@@ -22,12 +36,19 @@ if [ -z "$uv" ]; then
   uv="$venv-uv/bin/uv"
   if [ ! -x "$uv" ]; then
     "$python" -m venv "$venv-uv" >&2 ||
-      { echo "$python cannot make a virtual environment: install its venv module" >&2; exit 2; }
-    "$venv-uv/bin/python" -m pip install --quiet "uv>=0.8" >&2
+      fail "$python cannot make a virtual environment in $venv-uv: install its venv module (Debian: python3-venv), or see what is said above"
+    "$venv-uv/bin/python" -m pip install --quiet "uv>=0.8" >&2 ||
+      fail "cannot install uv: the set-up needs a package index, once"
   fi
 fi
+# Where the home is read-only, uv keeps what it downloads beside the environment.
+cache=$("$uv" cache dir)
+{ mkdir -p "$cache" 2>/dev/null && [ -w "$cache" ]; } || export UV_CACHE_DIR="$venv-uv/cache"
 
 [ -x "$venv/bin/python" ] || "$uv" venv --quiet --python "$python" "$venv" >&2
 "$uv" pip install --quiet --python "$venv/bin/python" \
-  --constraint constraints.txt --editable ".${extras:+[$extras]}" >&2
+  --constraint constraints.txt --editable ".${extras:+[$extras]}" >&2 ||
+  fail "cannot install kd's packages: the set-up needs a package index and some 8 GB of disk, once"
+{ grep -F "$from" "$stamp" 2>/dev/null || true; echo "$from $extras"; } >"$stamp.new"
+mv "$stamp.new" "$stamp"
 echo "$venv/bin/python"

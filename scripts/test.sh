@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Sets up .venv with the test tools and runs every check. Usage: scripts/test.sh [pytest options]
 set -euo pipefail
+export KD_PARENT_PID=$$ # what it starts ends when it does
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=$(bash scripts/setup.sh test)
 bin=$(dirname "$python")

@@ -22,6 +22,8 @@ from tests.processes import RUNNING
 
 SHOWN_S = 3.0
 """For processes to write their stacks."""
+LOCKED_S = 60.0
+"""Later this process is ended all the same: a thread that holds the interpreter's lock hangs."""
 EXIT_LIMIT_S = 120
 terminal = pytest.StashKey[int]()
 
@@ -44,9 +46,8 @@ def pytest_timeout_set_timer(item: pytest.Item, settings: Any) -> bool:
     timer = threading.Timer(settings.timeout, end, (item, settings.timeout))
     timer.daemon = True
     timer.start()
-    # Where a thread that holds the interpreter's lock hangs, the timer's cannot run.
     stderr = item.config.stash[terminal]
-    faulthandler.dump_traceback_later(settings.timeout + 60, exit=True, file=stderr)
+    faulthandler.dump_traceback_later(settings.timeout + LOCKED_S, exit=True, file=stderr)
     item.cancel_timeout = timer.cancel  # type: ignore[attr-defined]
     return True
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from typing import Any
 
 from rich.console import Console
@@ -23,6 +24,8 @@ LINE_PARTS = {
     "rollout/length_mean": "rollouts {:.1f} tokens",
     "rollout/truncated": "{:.1%} truncated",
 }
+RECENT_S, RECENT_CALLS = 120.0, 10
+"""The pace is that of so many seconds, and of at least so many calls."""
 BAR_PARTS = {name: LINE_PARTS[name] for name in ("train/loss", "train/tokens_per_s")}
 
 
@@ -34,20 +37,25 @@ def console_logger(console: Console) -> Logger:
 
 
 class Pace:
-    """Time left, from the wall time per step, validation and checkpoints included."""
+    """Time left, at the recent pace in wall time, validation and checkpoints included."""
 
     def __init__(self, total_steps: int, first_step: int) -> None:
         self.total_steps = total_steps
-        self._began = self._since = time.monotonic()
-        self._since_step = first_step
+        self._began = time.monotonic()
+        self._marks = deque([(self._began, first_step)])
         self._warm = False
 
     def left_s(self, step: int) -> float:
         """Seconds left after `step`; the steps of the first call count in that call alone."""
         now = time.monotonic()
-        step_s = (now - self._since) / max(step - self._since_step, 1)
+        began, first_step = self._marks[0]
+        step_s = (now - began) / max(step - first_step, 1)
         if not self._warm:  # the first steps compile kernels and start workers
-            self._since, self._since_step, self._warm = now, step, True
+            self._marks.clear()
+            self._warm = True
+        self._marks.append((now, step))
+        while len(self._marks) > RECENT_CALLS and self._marks[1][0] < now - RECENT_S:
+            self._marks.popleft()
         return step_s * max(self.total_steps - step, 0)
 
     def left(self, step: int) -> str:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import datetime
+import functools
 import os
+import threading
+import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar, cast
 
 import torch
@@ -120,6 +125,7 @@ class ParallelConfig:
 
 
 def _init_process_group(device: torch.device, timeout_s: int) -> None:
+    _settle_at_exit()
     timeout = datetime.timedelta(seconds=timeout_s)
     # gloo beside nccl: asynchronous checkpoints and object collectives run on the CPU.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -129,6 +135,36 @@ def _init_process_group(device: torch.device, timeout_s: int) -> None:
         dist.init_process_group(
             backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
         )
+
+
+@functools.cache
+def _settle_at_exit() -> None:
+    atexit.register(settle)
+
+
+def settle(limit_s: float = 10.0) -> None:
+    """Wait until the other threads of this process are asleep, before the interpreter is torn down.
+
+    A thread of gloo may still hold the tensors of the last collective, and needs the interpreter to
+    let go of them. Where it comes too late for that (its core is taken), the process aborts, and a
+    run that has finished fails: "terminate called without an active exception". The thread outlives
+    the process group, to which caches of torch refer.
+    """
+    deadline = time.monotonic() + limit_s
+    asleep = 0
+    while asleep < 2 and time.monotonic() < deadline:
+        time.sleep(0.002)  # in which one that waits for the interpreter gets it
+        asleep = asleep + 1 if _others_are_asleep() else 0
+
+
+def _others_are_asleep() -> bool:
+    me = threading.get_native_id()
+    states = []
+    for path in Path("/proc/self/task").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has just ended
+            if int(path.parent.name) != me:
+                states.append(path.read_text().rpartition(")")[2].split()[0])
+    return "R" not in states
 
 
 @dataclass(frozen=True)

@@ -113,6 +113,23 @@ def test_time_left_does_not_count_the_warm_up(monkeypatch):
     assert pace.end(100, failed=False) == "finished at step 100 after 0:01:05"
 
 
+def test_time_left_follows_the_recent_pace(monkeypatch):
+    """A machine that others begin to use: the quick steps of before are forgotten."""
+    clock = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: clock)
+    pace = Pace(total_steps=1000, first_step=0)
+    for step in range(1, 301):
+        clock += 0.1
+        left_s = pace.left_s(step)
+    assert left_s == pytest.approx(0.1 * 700)
+    for step in range(301, 421):
+        clock += 2.0
+        left_s = pace.left_s(step)
+    assert left_s == pytest.approx(2 * 580)
+    clock += 1000  # of one step: at least the last ten count
+    assert pace.left_s(421) == pytest.approx((1000 + 2 * 9) / 10 * 579, rel=0.2)
+
+
 def test_pipe_gets_no_control_codes_even_with_forced_colour(tmp_path, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm-256color")

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import socket
-import subprocess
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,9 +20,9 @@ from kd.model import VLM, ScratchModel
 from kd.model.tiny import build_processor
 from kd.parallel import ParallelConfig, World
 from kd.rollout import Policy
+from tests.processes import Process
 
 VOCABULARY = 400
-START_TIMEOUT_S = 400
 MAX_LENGTH = 512
 ARCHITECTURE = {
     "model_type": "qwen3_vl",
@@ -72,14 +69,13 @@ def random_model(processor: ProcessorMixin, seed: int, layers: int = 2) -> PreTr
 
 @dataclass
 class LiveServer:
-    """scripts/vllm_server.sh in a session of its own."""
+    """scripts/vllm_server.sh."""
 
     repo: Path
     folder: Path
-    log: Path
     port: int
     options: tuple[str, ...] = ()
-    process: subprocess.Popen[bytes] | None = field(default=None, init=False)
+    process: Process = field(init=False)
 
     @property
     def url(self) -> str:
@@ -88,34 +84,21 @@ class LiveServer:
     def start(self) -> None:
         script = self.repo / "scripts/vllm_server.sh"
         options = ["--dtype", "float32", "--max-model-len", str(MAX_LENGTH), "--max-num-seqs", "16"]
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                ["bash", script, self.folder, str(self.port), *options, *self.options],
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
+        command = ["bash", script, self.folder, self.port, *options, *self.options]
+        self.process = Process(*command, env=dict(os.environ), one_output=True)
 
     def wait(self) -> None:
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while time.monotonic() < deadline:
-            assert self.process is not None and self.process.poll() is None, self.tail()
-            try:
-                if httpx.get(f"{self.url}/health", trust_env=False).status_code == 200:
-                    return
-            except httpx.HTTPError:
-                pass
-            time.sleep(1)
-        raise AssertionError(self.tail())
+        self.process.wait_for(self._is_healthy)
+
+    def _is_healthy(self) -> bool:
+        try:
+            return httpx.get(f"{self.url}/health", trust_env=False).status_code == 200
+        except httpx.HTTPError:
+            return False
 
     def kill(self) -> None:
         """kill -9, engine and workers included."""
-        assert self.process is not None
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-
-    def tail(self) -> str:
-        return self.log.read_text(errors="replace")[-3000:]
+        self.process.end()
 
 
 @pytest.fixture(scope="session")
@@ -133,7 +116,7 @@ def serving(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    live = LiveServer(repo, folder / "served", folder / "server.log", port, options)
+    live = LiveServer(repo, folder / "served", port, options)
     live.start()
     try:
         live.wait()

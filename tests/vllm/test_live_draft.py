@@ -84,7 +84,7 @@ def test_a_draft_that_vllm_loads_as_it_is(pair, world, repo, tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     folder = save(pair, tmp_path / "target")
-    live = LiveServer(repo, folder, tmp_path / "server.log", port, options)
+    live = LiveServer(repo, folder, port, options)
     live.start()
     try:
         live.wait()

@@ -18,6 +18,7 @@ from kd.rollout import Sampling
 from kd.rollout.vllm import VllmEngineConfig
 from kd.rollout.vllm_chat import chat_request
 from kd.types import Rollout, Sample, UserError
+from tests.processes import join
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
@@ -211,7 +212,7 @@ def test_generates_in_a_thread_while_weights_change(engine):
         for parameter in engine.policy.vlm.parameters():
             parameter.mul_(1.1)
     engine.sync(1)
-    thread.join()
+    join(thread)
     assert ids(found) == expected
     assert {r.policy_step for r in found} == {0}
     assert ids(engine.generate(PROMPTS, 2, SAMPLING, SEEDS)) != expected
@@ -281,8 +282,7 @@ def test_a_killed_server_is_given_the_weights_again(server, engine):
     server.start()
     server.wait()
     print(f"up after {time.perf_counter() - started:.0f} s")
-    thread.join(timeout=120)
-    assert not thread.is_alive()
+    join(thread)
     assert ids(found) == expected
 
 

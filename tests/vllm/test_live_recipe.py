@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import metrics
+from tests.processes import join
 from tests.vllm.conftest import random_model
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1200)]
@@ -89,7 +90,7 @@ def test_a_server_killed_in_mid_run_and_brought_back(train, base, remote, server
     try:
         served = train("digits_opd", "killed", *base, *remote, fast=False)
     finally:
-        trouble.join()
+        join(trouble)
         server.wait()
     assert killed.is_set()
     assert_same(served, own)
@@ -113,7 +114,7 @@ def test_a_server_away_for_good_ends_the_run_with_a_whole_checkpoint(
     options = [*base, *remote, "rollout.engine.wait_s=3", "train.save_every=1"]
     with pytest.raises(SystemExit) as exit_:
         train("digits_opd", "away", *options, "train.max_steps=400", fast=False)
-    trouble.join()
+    join(trouble)
     error = capsys.readouterr().err
     assert exit_.value.code == 2 and server.url in error and "Traceback" not in error
     server.start()
