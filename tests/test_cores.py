@@ -1,0 +1,91 @@
+"""How many threads a process may keep busy, and that none is at work when the interpreter ends."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from kd.parallel import num_cores
+from kd.parallel.cores import cpu_quota, env_threads
+from kd.parallel.world import settle
+from tests.processes import completed, environment, python
+
+THREADS = """
+import sys
+from kd.parallel import ParallelConfig
+import torch
+ParallelConfig(device="cpu", cpu_threads=int(sys.argv[1])).build()
+print(torch.get_num_threads())
+"""
+VARIABLES = """
+import kd, os
+print({name: os.environ.get(name) for name in ("GOMP_SPINCOUNT", "KMP_BLOCKTIME")})
+"""
+
+
+@pytest.mark.parametrize(
+    ("omp", "cpu_threads", "threads"),
+    [("3", 0, 3), ("3,1", 0, 3), ("3", 2, 2), ("", 0, num_cores()), ("many", 0, num_cores())],
+)
+def test_threads_of_a_rank(omp, cpu_threads, threads):
+    done = completed(*python("-c", THREADS, cpu_threads), env=environment(OMP_NUM_THREADS=omp))
+    assert done.stdout == f"{threads}\n", done.tail()
+
+
+def test_a_number_is_read_from_the_environment(monkeypatch):
+    for value, threads in (("8", 8), (" 4 , 2", 4), ("", 0), ("x", 0)):
+        monkeypatch.setenv("OMP_NUM_THREADS", value)
+        assert env_threads() == threads
+
+
+@pytest.mark.parametrize("name", ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"])
+def test_how_long_threads_spin_is_the_users_choice(name):
+    env = environment()
+    for variable in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"):
+        env.pop(variable, None)
+    own = completed(*python("-c", VARIABLES), env=env)
+    assert own.stdout == "{'GOMP_SPINCOUNT': '1500', 'KMP_BLOCKTIME': '1'}\n"
+    given = completed(*python("-c", VARIABLES), env={**env, name: "7"})
+    wanted = {"GOMP_SPINCOUNT": None, "KMP_BLOCKTIME": None}
+    assert given.stdout == f"{wanted | ({name: '7'} if name in wanted else {})}\n"
+
+
+def group(root: Path, folder: str, **files: str) -> None:
+    (root / folder).mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (root / folder / name.replace("__", ".")).write_text(content)
+
+
+def test_quotas_of_control_groups(tmp_path):
+    membership = tmp_path / "membership"
+    assert cpu_quota(tmp_path, membership) == math.inf  # no Linux
+    membership.write_text("0::/user/job\n")
+    assert cpu_quota(tmp_path, membership) == math.inf
+    group(tmp_path, "user/job", cpu__max="max 100000\n")
+    assert cpu_quota(tmp_path, membership) == math.inf
+    group(tmp_path, "user", cpu__max="350000 100000\n")  # of the group above
+    assert cpu_quota(tmp_path, membership) == 3.5
+    group(tmp_path, "user/job", cpu__max="150000 100000\n")
+    assert cpu_quota(tmp_path, membership) == 1.5
+    membership.write_text("4:memory:/x\n1:cpu,cpuacct:/docker/abc\n0::/\n")  # version 1
+    group(tmp_path, "cpu", cpu__cfs_quota_us="-1\n", cpu__cfs_period_us="100000\n")
+    assert cpu_quota(tmp_path, membership) == math.inf
+    # In a container its own group is mounted as the root.
+    group(tmp_path, "cpu", cpu__cfs_quota_us="200000\n", cpu__cfs_period_us="100000\n")
+    assert cpu_quota(tmp_path, membership) == 2
+
+
+def test_the_interpreter_is_not_torn_down_under_threads_at_work():
+    """Work that goes on without the interpreter, as gloo's does."""
+    work = threading.Thread(target=hashlib.pbkdf2_hmac, args=("sha256", b"", b"", 2_000_000))
+    work.start()
+    settle(limit_s=300)
+    assert not work.is_alive()
+    began = time.monotonic()
+    settle(limit_s=300)
+    assert time.monotonic() - began < 100
