@@ -14,7 +14,7 @@ from pathlib import Path
 
 import httpx
 
-from tests.processes import Process, python
+from tests.processes import LIMIT_S, Process, python
 
 
 class Server:
@@ -79,7 +79,7 @@ class Proxy:
                 number = self.requests
             self.before(number)
         good = httpx.request(
-            method, self.upstream + path, content=body or None, timeout=60, trust_env=False
+            method, self.upstream + path, content=body or None, timeout=LIMIT_S, trust_env=False
         )
         if number and good.status_code == 200:
             return self.fault(number, good.content)

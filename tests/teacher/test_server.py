@@ -24,6 +24,7 @@ from kd.teacher.sparse import SparseTargets
 from kd.types import Batch, DenseTargets, Sample, UserError
 from tests.model.families import write
 from tests.precision import assert_same_rows, log_prob_rounding
+from tests.processes import LIMIT_S
 from tests.teacher.serving import Server, proxied
 
 pytestmark = pytest.mark.timeout(300)
@@ -81,7 +82,7 @@ def connect(folder, server, world) -> Iterator[Callable[..., ServerTeacher]]:
     made: list[ServerTeacher] = []
 
     def connect(*urls: str, engine: KdServe | None = None, vocab: int = 320, **options):
-        defaults = {"max_length": 512, "wait_s": 3, "timeout_s": 30, "rows_per_request": 2}
+        defaults = {"max_length": 512, "wait_s": 3, "timeout_s": LIMIT_S, "rows_per_request": 2}
         config = ServerTeacherConfig(
             name=str(folder),
             urls=list(urls or (server.url,)),
@@ -145,7 +146,7 @@ def test_what_is_expected_is_asked_before_it_is_waited_for(connect, server, batc
         teacher = connect(url)
         teacher.expect(batches)
         for _ in range(8):  # 16 rows, 2 per request
-            assert arrived.acquire(timeout=20)
+            assert arrived.acquire(timeout=LIMIT_S)
         teacher.expect(batches)  # once more changes nothing
         for batch in batches:
             teacher.targets(batch)
@@ -168,7 +169,7 @@ def test_a_bad_reply_is_asked_for_again(connect, server, batches, local, name):
         return GARBAGE[name](body) if number in (1, 2, 5) else (200, body)
 
     with proxied(server.url, fault=fault) as (_, url):
-        teacher = connect(url, wait_s=20)
+        teacher = connect(url, wait_s=100)
         teacher.expect(batches)
         for batch in batches:
             assert_dense(teacher.targets(batch), batch, local)
@@ -282,25 +283,29 @@ def test_rows_of_somebody_else_are_not_taken(connect, server, batches):
 
 
 def test_a_slow_server_is_left_for_another(connect, server, batches, local):
-    with proxied(server.url, before=lambda n: time.sleep(3)) as (_, slow):
-        teacher = connect(slow, server.url, timeout_s=1, wait_s=20)
+    over = threading.Event()
+    with proxied(server.url, before=lambda n: over.wait(LIMIT_S)) as (_, slow):
+        teacher = connect(slow, server.url, timeout_s=4, wait_s=100)
         teacher.expect(batches)
         for batch in batches:
             assert_dense(teacher.targets(batch), batch, local)
+        over.set()
 
 
 def test_a_server_is_tried_before_the_run_gives_up(connect, server, batches, local):
     """However long another one has been waited for."""
-    with proxied(server.url, before=lambda n: time.sleep(3)) as (proxy, slow):
-        teacher = connect(slow, server.url, timeout_s=1, wait_s=0.5, rows_per_request=4)
+    over = threading.Event()
+    with proxied(server.url, before=lambda n: over.wait(LIMIT_S)) as (proxy, slow):
+        teacher = connect(slow, server.url, timeout_s=4, wait_s=0.5, rows_per_request=4)
         assert_dense(teacher.targets(batches[0]), batches[0], local)
+        over.set()
         assert proxy.requests == 1
 
 
 def test_a_server_that_ends_or_starts_is_waited_for(connect, server, batches, local):
     """What answers 503 is not there, however often it says so."""
     with proxied(server.url, fault=lambda n, body: (503 if n < 4 else 200, body)) as (proxy, url):
-        teacher = connect(url, retries=1, wait_s=20, rows_per_request=4)
+        teacher = connect(url, retries=1, wait_s=100, rows_per_request=4)
         assert_dense(teacher.targets(batches[0]), batches[0], local)
         assert proxy.requests == 4
 
