@@ -1,7 +1,8 @@
 """What holds for every process of kd, settled before torch is imported (by `import kd`).
 
-Threads that wait for others go to sleep soon, and a process whose environment names another one in
-`KD_PARENT_PID` ends when that one has ended, however it died. Nothing here imports torch.
+Threads that wait for others go to sleep soon, kernels for other instructions are not mixed up, and
+a process whose environment names another one in `KD_PARENT_PID` ends when that one has ended,
+however it died. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import select
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -31,11 +33,14 @@ PR_SET_PDEATHSIG = 1
 
 
 def set_up() -> None:
-    """Settle both; called by `import kd`, once for each process."""
+    """Settle all three; called by `import kd`, once for each process."""
     spin_briefly()
+    keep_kernels_apart()
     parents = set()
-    if PARENT in os.environ:
-        parents.add(int(os.environ.pop(PARENT)))
+    parent = os.environ.pop(PARENT, None)
+    # A cluster's job has the environment of the process that submitted it, and outlives that one.
+    if parent is not None and os.environ.get("SUBMITIT_EXECUTOR") != "slurm":
+        parents.add(int(parent))
     if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun itself does not see to it
         parents.add(os.getppid())
     for pid in parents:
@@ -65,6 +70,18 @@ def end_with(pid: int) -> None:
             _end()
         return
     threading.Thread(target=_watch, args=(pid,), name="parent", daemon=True).start()
+
+
+def keep_kernels_apart() -> None:
+    """Give torch.compile a cache of its own where the user restricts the processor's instructions.
+
+    What is cached is C++ for one width of vectors; torch compiles it for the width of the day, and
+    kernels then write beyond the end of their results.
+    """
+    capability = os.environ.get("ATEN_CPU_CAPABILITY")
+    if capability and "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+        folder = f"torchinductor_{os.getuid()}_{capability}"
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(tempfile.gettempdir(), folder)
 
 
 @contextmanager

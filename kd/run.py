@@ -39,6 +39,7 @@ from kd.launch import (
     set_up_messages,
 )
 from kd.logger.read import read_metrics
+from kd.process import children_end_with_this
 from kd.stop import Stopped, requeue, stop_request
 from kd.types import UserError
 from recipes import dflash, vlm_kd
@@ -158,7 +159,7 @@ def main() -> None:
     register_dflash()
     failed_points.clear()
     try:
-        with command_mistakes():
+        with command_mistakes(), children_end_with_this():
             if len(sys.argv) == 1 or not any(arg.startswith("-") for arg in sys.argv[1:]):
                 raise HydraException(
                     "name a config, e.g. --config-name digits_kd; --help says more"

@@ -36,8 +36,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    # Threads or children that the interpreter waits for.
-    faulthandler.dump_traceback_later(EXIT_LIMIT_S, exit=True, file=config.stash[terminal])
+    if not hasattr(config, "workerinput"):  # a worker waits for the others
+        # Threads or children that the interpreter waits for.
+        faulthandler.dump_traceback_later(EXIT_LIMIT_S, exit=True, file=config.stash[terminal])
 
 
 @pytest.hookimpl(tryfirst=True)

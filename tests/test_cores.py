@@ -55,6 +55,19 @@ def test_how_long_threads_spin_is_the_users_choice(name):
     assert given.stdout == f"{wanted | ({name: '7'} if name in wanted else {})}\n"
 
 
+def test_kernels_of_other_instructions_have_a_cache_of_their_own():
+    """Else they would be compiled for another width than they were written for."""
+    program = "import kd, os; print(os.environ.get('TORCHINDUCTOR_CACHE_DIR'))"
+    env = environment(ATEN_CPU_CAPABILITY="avx2")
+    env.pop("TORCHINDUCTOR_CACHE_DIR", None)
+    own = completed(*python("-c", program), env=env).stdout.strip()
+    assert own.startswith("/") and own.endswith("_avx2")
+    given = completed(*python("-c", program), env={**env, "TORCHINDUCTOR_CACHE_DIR": "/there"})
+    assert given.stdout == "/there\n"
+    env.pop("ATEN_CPU_CAPABILITY")
+    assert completed(*python("-c", program), env=env).stdout == "None\n"
+
+
 def group(root: Path, folder: str, **files: str) -> None:
     (root / folder).mkdir(parents=True, exist_ok=True)
     for name, content in files.items():

@@ -102,6 +102,20 @@ def test_a_server_of_two_ranks(folder, sent):
         assert count(kill_and_see(process, sent), "kd.serve") == 3
 
 
+def test_a_sweep_whose_points_are_jobs_on_this_machine(tmp_path):
+    launcher = ["-m", "hydra/launcher=submitit_local", f"run.dir={tmp_path}"]
+    with started(*python("-m", "kd.run", *launcher, *RUN)) as process:
+        process.wait_for(lambda: list(tmp_path.rglob("metrics.jsonl")))
+        assert count(kill_and_see(process), "submitit.core._submit") > 0
+
+
+def test_a_job_of_a_cluster_outlives_who_has_submitted_it():
+    program = "import kd; print('there')"
+    env = environment(KD_PARENT_PID="999999999", SUBMITIT_EXECUTOR="slurm")
+    with started(*python("-c", program), env=env) as process:
+        assert process.wait() == 0 and process.stdout == "there\n"
+
+
 def test_a_script_that_starts_a_run(tmp_path):
     """As scripts/quickstart.sh does."""
     script = 'export KD_PARENT_PID=$$\n"$@"\n'

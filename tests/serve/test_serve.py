@@ -204,7 +204,7 @@ def test_so_many_requests_at_once_and_no_more(slow):
 
 
 def test_who_hangs_up_is_not_worked_for(folder, world):
-    with serving(folder("qwen3_5_hybrid"), world, window_ms=3000) as server:
+    with serving(folder("qwen3_5_hybrid"), world, window_ms=1000) as server:
         before = server.metric("kd_serve_batch_rows_sum")
         connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=LIMIT_S)
         connection.request("POST", "/v1/targets", json.dumps(request(rollouts(1))))
@@ -253,7 +253,7 @@ def test_a_row_that_the_model_fails_at_harms_no_other(folder, world):
 def test_a_signal_lets_requests_under_way_be_answered(folder, world):
     path = folder("qwen3_5_hybrid")
     rows = rollouts(3)
-    with serving(path, world, window_ms=3000) as server, ThreadPoolExecutor() as threads:
+    with serving(path, world, window_ms=1000) as server, ThreadPoolExecutor() as threads:
         under_way = threads.submit(server.post, request(rows))
         wait_for(lambda: server.metric("kd_serve_queue_tokens") > 0)
         server.uvicorn.handle_exit(signal.SIGTERM, None)  # as the signal does

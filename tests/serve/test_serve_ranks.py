@@ -32,7 +32,7 @@ def served(folder: Callable[[str], Path]) -> Iterator[tuple[Process, Client]]:
         "parallel.cpu_threads=1",
         "serve.port=0",
         "serve.max_length=256",
-        "serve.window_ms=3000",
+        "serve.window_ms=1000",
     ]
     with started(*python("-m", "kd.serve", *options)) as process:
         process.wait_for(lambda: process.stdout.endswith("\n"))
