@@ -37,6 +37,18 @@ def test_threads_of_a_rank(omp, cpu_threads, threads):
     assert done.stdout == f"{threads}\n", done.tail()
 
 
+def test_torchrun_divides_the_cores_unless_it_is_told(tmp_path):
+    """And not one for each rank, as torch's own does."""
+    script = tmp_path / "rank.py"
+    script.write_text("import os; print(os.environ['OMP_NUM_THREADS'], flush=True)")
+    command = python("-m", "kd.torchrun", "--standalone", "--nproc-per-node=2", script)
+    env = environment()
+    del env["OMP_NUM_THREADS"]
+    for more, threads in (({}, max(1, num_cores() // 2)), ({"OMP_NUM_THREADS": "5"}, 5)):
+        done = completed(*command, env=env | more)
+        assert done.stdout.split() == [str(threads)] * 2, done.tail()
+
+
 def test_a_number_is_read_from_the_environment(monkeypatch):
     for value, threads in (("8", 8), (" 4 , 2", 4), ("", 0), ("x", 0)):
         monkeypatch.setenv("OMP_NUM_THREADS", value)

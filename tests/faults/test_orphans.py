@@ -103,8 +103,8 @@ def test_a_server_of_two_ranks(folder, sent):
 
 
 def test_a_sweep_whose_points_are_jobs_on_this_machine(tmp_path):
-    launcher = ["-m", "hydra/launcher=submitit_local", f"run.dir={tmp_path}"]
-    with started(*python("-m", "kd.run", *launcher, *RUN)) as process:
+    jobs = ["hydra/launcher=submitit_local", f"run.dir={tmp_path}"]
+    with started(*python("-m", "kd.run", "-m", *RUN, *jobs)) as process:
         process.wait_for(lambda: list(tmp_path.rglob("metrics.jsonl")))
         assert count(kill_and_see(process), "submitit.core._submit") > 0
 
