@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Make .venv (or $KD_VENV) with kd installed in place. Usage: scripts/setup.sh [extra,...]
+# Make .venv (or $KD_VENV) with kd installed in place, by the Python on the PATH (or $KD_PYTHON).
+# Usage: scripts/setup.sh [extra,...]
 # Prints the venv's python on stdout; everything else goes to stderr. What is installed already is
 # left alone, without a package index.
 set -euo pipefail
@@ -21,7 +22,7 @@ if is_installed && "$venv/bin/python" -c '' 2>/dev/null; then
 fi
 
 python=""
-for candidate in python3 python3.14 python3.13 python3.12 python3.11 python; do
+for candidate in ${KD_PYTHON:-python3 python3.14 python3.13 python3.12 python3.11 python}; do
   if command -v "$candidate" >/dev/null &&
     "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
     python=$candidate
