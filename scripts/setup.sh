@@ -38,7 +38,7 @@ if [ -z "$uv" ]; then
   if [ ! -x "$uv" ]; then
     "$python" -m venv "$venv-uv" >&2 ||
       fail "$python cannot make a virtual environment in $venv-uv: install its venv module (Debian: python3-venv), or see what is said above"
-    "$venv-uv/bin/python" -m pip install --quiet "uv>=0.8" >&2 ||
+    "$venv-uv/bin/python" -m pip install --quiet --no-cache-dir "uv>=0.8" >&2 ||
       fail "cannot install uv: the set-up needs a package index, once"
   fi
 fi
