@@ -191,7 +191,7 @@ def set_up_messages() -> None:
     """Our own messages on stderr, and none of the libraries' that say nothing to a user."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach us instead of Hydra's printer
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for noisy in ("httpx", "huggingface_hub", "torch.distributed", "datasets", "matplotlib"):
+    for noisy in ("httpx", "huggingface_hub", "torch.distributed", "datasets"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     # Of a rank that fails, which has said why itself, or of a signal that is passed on.
     for noisy in ("multiprocessing", "agent.server"):
