@@ -129,12 +129,20 @@ def _init_process_group(device: torch.device, timeout_s: int) -> None:
     timeout = datetime.timedelta(seconds=timeout_s)
     # gloo beside nccl: asynchronous checkpoints and object collectives run on the CPU.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
-    else:  # one process: no address, no port
-        dist.init_process_group(
-            backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
-        )
+    try:
+        if "RANK" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:  # one process: no address, no port
+            dist.init_process_group(
+                backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
+            )
+    except RuntimeError as error:
+        if "Unable to find interface" not in str(error):
+            raise
+        raise UserError(
+            "ranks talk over a network interface, also one alone, and none is up here, not even "
+            "the loopback one\nBring it up: ip link set lo up"
+        ) from None
 
 
 @functools.cache
