@@ -40,6 +40,9 @@ def set_up() -> None:
     parent = os.environ.pop(PARENT, None)
     # A cluster's job has the environment of the process that submitted it, and outlives that one.
     if parent is not None and os.environ.get("SUBMITIT_EXECUTOR") != "slurm":
+        if not parent.isdecimal():
+            print(f"error: {PARENT}={parent}: give the id of a process, as $$", file=sys.stderr)
+            raise SystemExit(2)
         parents.add(int(parent))
     if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun itself does not see to it
         parents.add(os.getppid())

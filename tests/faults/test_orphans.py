@@ -161,6 +161,12 @@ def test_a_parent_that_was_gone_before():
     assert process.returncode == -signal.SIGKILL
 
 
+def test_a_parent_that_is_no_process_id():
+    with started(*python("-c", "import kd"), env=environment(KD_PARENT_PID="me")) as process:
+        assert process.wait() == 2
+    assert process.stderr == "error: KD_PARENT_PID=me: give the id of a process, as $$\n"
+
+
 def test_children_of_children_are_not_told():
     """The variable is for direct children: another host or a job has other processes."""
     program = "import kd, os; print(os.environ.get('KD_PARENT_PID'))"
