@@ -16,19 +16,15 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from kd.objective_dense import (
-    DIVERGENCES,
-    CompilePolicy,
-    DenseBody,
-    DenseLoss,
-    check_positive,
-    check_range,
-)
+from kd.objective_body import DenseBody, Kernel
+from kd.objective_compile import CompilePolicy
+from kd.objective_dense import DIVERGENCES, DenseLoss, check_positive, check_range
 from kd.objective_loop import (
     Body,
     Count,
     KDOutput,
     accumulation_dtype,
+    below_maximum,
     chunked_objective,
     head_logits,
     kd_weight,
@@ -43,7 +39,9 @@ __all__ = [
     "DenseBody",
     "DenseLoss",
     "KDOutput",
+    "Kernel",
     "accumulation_dtype",
+    "below_maximum",
     "check_head",
     "check_positive",
     "check_range",
@@ -99,6 +97,14 @@ def check_teacher(weight_VD: Tensor, targets: DenseTargets, labels_N: Tensor) ->
         )
 
 
+def check_kernel(name: str) -> Kernel:
+    """The kernel of this name; raises UserError for any other."""
+    if name not in Kernel.__members__:
+        options = ", ".join(Kernel.__members__)
+        raise UserError(f"kernel is {name!r}: it must be one of {options}.")
+    return Kernel[name]
+
+
 def _dense_targets(
     hidden_ND: Tensor | None, weight_VD: Tensor | None, bias_V: Tensor | None, kd_ratio: float
 ) -> DenseTargets | None:
@@ -128,6 +134,7 @@ def fused_linear_kd(
     kd_ratio: float = 0.5,
     num_targets: int | Tensor | None = None,
     chunk_size: int | None = None,
+    kernel: str = "compiled",
 ) -> KDOutput:
     """CE on the labels mixed with a divergence from the teacher, without [N, V] logits.
 
@@ -147,6 +154,7 @@ def fused_linear_kd(
         num_targets: count of targets in the whole optimizer step, all ranks and micro-batches;
             None: those in `labels`.
         chunk_size: rows per chunk; None: from a memory budget.
+        kernel: "compiled", "triton" (on a CUDA device) or "eager".
 
     Returns:
         Differentiable `.loss`, detached `.ce` and `.kd`, with loss = (1-r) ce + r kd; and detached
@@ -180,7 +188,7 @@ def fused_linear_kd(
         student_weight,
         student_bias,
         labels,
-        DenseBody(teacher, loss),
+        DenseBody(teacher, loss, kernel=check_kernel(kernel)),
         kd_ratio=kd_ratio,
         num_targets=num_targets,
         chunk_size=chunk_size,

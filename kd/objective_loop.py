@@ -45,6 +45,11 @@ class Body(Protocol):
     A body is made for one call of the loop and may own buffers of the size of a chunk.
     """
 
+    @property
+    def narrows_in_place(self) -> bool:
+        """Whether it can write a gradient of fewer bytes over the logits that it reads."""
+        ...
+
     def row_bytes(self, vocab: int) -> int:
         """Bytes per row that the body needs next to the loop's own buffers."""
         ...
@@ -57,7 +62,8 @@ class Body(Protocol):
         A row labelled -100 has no reference answer: its CE is 0, in value and gradient.
         The gradient is that of `(1 - kd_ratio) * ce_C + kd_ratio * kd_C`, with the second term
         times num_targets / num_kd_targets where these differ. `dlogits_CV` is None where no
-        gradient is wanted, and may be `logits_CV` itself: read before writing.
+        gradient is wanted, and may be `logits_CV` itself: read before writing. With
+        `narrows_in_place` it may also begin where `logits_CV` begins, each row with its row.
         """
         ...
 
@@ -85,6 +91,15 @@ def head_tiles(weight_VD: Tensor) -> Iterator[tuple[slice, Tensor]]:
         yield cols, weight_VD[cols].to(dtype)
 
 
+def below_maximum(logits_CV: Tensor) -> Tensor:
+    """The logits minus the largest of their row: the same distribution, differentiable.
+
+    A log-sum-exp of numbers near 1,000 is rounded to 6e-5 in fp32, and so would be every log-prob;
+    near 0 it is not. Far from the maximum the difference is rounded, but the probability is 0.
+    """
+    return logits_CV - logits_CV.detach().amax(-1, keepdim=True)
+
+
 def _gemm(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool) -> None:
     """`out (+)= a @ b` in out's dtype, without a temporary; `out=` also bypasses autocast."""
     beta = 1 if accumulate else 0  # beta = 0 does not read `out`
@@ -107,22 +122,37 @@ def head_logits(
 
 @dataclass
 class Gradients:
-    """Sums over the chunks, not yet divided by the number of targets; None: not wanted."""
+    """Sums over the chunks, not yet divided by the number of targets; None: not wanted.
+
+    The first chunk writes, every other adds, so that only the bias starts as zeros.
+    """
 
     hidden_ND: Tensor | None
     weight_VD: Tensor | None
     bias_V: Tensor | None
+    is_empty: bool = True
+    """No chunk has been added yet."""
 
     @staticmethod
-    def zeros(inputs: tuple[Tensor | None, ...], wanted: tuple[bool, ...]) -> Gradients:
-        """Zeros like each of (hidden, weight, bias) that is wanted, in the accumulation dtype."""
-        sums = (
-            None
-            if x is None or not want
-            else x.new_zeros(x.shape, dtype=accumulation_dtype(x.dtype))
-            for x, want in zip(inputs, wanted, strict=True)
-        )
-        return Gradients(*sums)
+    def of(
+        inputs: tuple[Tensor, Tensor, Tensor | None], wanted: tuple[bool, ...], num_chunks: int
+    ) -> Gradients:
+        """Room for those of (hidden, weight, bias) that are wanted, in the accumulation dtype.
+
+        A single chunk is no sum, so its head's gradient is rounded to the head's dtype at once;
+        not to fp16, which overflows before the division by the number of targets.
+        """
+        dtypes = [None if x is None else accumulation_dtype(x.dtype) for x in inputs]
+        if num_chunks == 1 and inputs[1].dtype == torch.bfloat16:
+            dtypes[1] = torch.bfloat16
+        room = [
+            None if x is None or not want else x.new_empty(x.shape, dtype=dtype)
+            for x, want, dtype in zip(inputs, wanted, dtypes, strict=True)
+        ]
+        for x in room if num_chunks == 0 else room[2:]:
+            if x is not None:
+                x.zero_()
+        return Gradients(*room)
 
     @property
     def wanted(self) -> bool:
@@ -138,13 +168,24 @@ class Gradients:
     ) -> None:
         """Add what one chunk of logits contributes."""
         hidden_CD = hidden_CD.to(dlogits_CV.dtype)
-        if self.hidden_ND is not None:
+        if self.hidden_ND is not None:  # no other chunk has these rows
             for cols, tile_VD in head_tiles(weight_VD):
-                _gemm(dlogits_CV[:, cols], tile_VD, self.hidden_ND[rows], accumulate=True)
+                out_CD = self.hidden_ND[rows]
+                _gemm(dlogits_CV[:, cols], tile_VD, out_CD, accumulate=cols.start > 0)
         if self.weight_VD is not None:
-            _gemm(dlogits_CV.T, hidden_CD, self.weight_VD, accumulate=True)
+            self._add_to_weight(self.weight_VD, dlogits_CV, hidden_CD)
         if self.bias_V is not None:
             self.bias_V.add_(dlogits_CV.sum(0, dtype=self.bias_V.dtype))
+        self.is_empty = False
+
+    def _add_to_weight(self, out_VD: Tensor, dlogits_CV: Tensor, hidden_CD: Tensor) -> None:
+        if dlogits_CV.dtype.itemsize <= out_VD.dtype.itemsize:
+            _gemm(dlogits_CV.T, hidden_CD, out_VD, accumulate=not self.is_empty)
+            return
+        assert self.is_empty  # a CPU's GEMM in fp32, of a single chunk: rounded tile by tile
+        for start in range(0, len(out_VD), UPCAST_TILE):
+            cols = slice(start, start + UPCAST_TILE)
+            out_VD[cols] = dlogits_CV[:, cols].T @ hidden_CD
 
 
 def balanced_chunks(num_rows: int, max_rows: int) -> list[slice]:
@@ -169,10 +210,19 @@ def default_budget_mib(device: torch.device) -> int:
 def rows_in_budget(weight_VD: Tensor, body: Body, budget_mib: int | None) -> int:
     """Rows of logits (student's, the body's, and a separate dlogits) that fit; at least one."""
     vocab, dtype = weight_VD.shape[0], accumulation_dtype(weight_VD.dtype)
-    separate = gemm_dtype(weight_VD) != dtype
+    separate = gemm_dtype(weight_VD) != dtype and not body.narrows_in_place
     row_bytes = vocab * (dtype.itemsize + separate * weight_VD.dtype.itemsize)
     budget_mib = budget_mib or default_budget_mib(weight_VD.device)
     return max(1, budget_mib * 2**20 // (row_bytes + body.row_bytes(vocab)))
+
+
+def _gradient_buffer(logits_CV: Tensor, dtype: torch.dtype, *, in_place: bool) -> Tensor:
+    """Where a chunk's gradient goes: over the logits where that can be, else beside them."""
+    if dtype == logits_CV.dtype:
+        return logits_CV
+    if in_place:  # the front of every row
+        return logits_CV.view(dtype)[:, : logits_CV.shape[1]]
+    return torch.empty_like(logits_CV, dtype=dtype)
 
 
 def _run_chunks(
@@ -192,15 +242,15 @@ def _run_chunks(
     max_rows = max((rows.stop - rows.start for rows in chunks), default=0)
     logits = hidden_ND.new_empty(max_rows, vocab, dtype=dtype)
     dlogits = None
-    if gradients.wanted and gemm_dtype(weight_VD) != dtype:
-        dlogits = hidden_ND.new_empty(max_rows, vocab, dtype=gemm_dtype(weight_VD))
+    if gradients.wanted:
+        dlogits = _gradient_buffer(logits, gemm_dtype(weight_VD), in_place=body.narrows_in_place)
     for rows in chunks:
         size = rows.stop - rows.start
         logits_CV = logits[:size]
         head_logits(hidden_ND[rows], weight_VD, bias_V, logits_CV)
         dlogits_CV = None
-        if gradients.wanted:  # the very same object where both share memory: torch.compile asks
-            dlogits_CV = logits_CV if dlogits is None else dlogits[:size]
+        if dlogits is not None:  # the very same object where they are one: torch.compile asks
+            dlogits_CV = logits_CV if dlogits is logits else dlogits[:size]
         kd_N[rows], ce_N[rows] = body(logits_CV, labels_N[rows], rows, dlogits_CV)
         if dlogits_CV is not None:
             gradients.add_chunk(dlogits_CV, hidden_ND[rows], weight_VD, rows)
@@ -254,7 +304,7 @@ class _FusedHead(torch.autograd.Function):
         num_kd_targets: Count,
     ) -> tuple[Tensor, ...]:
         inputs = hidden_ND, weight_VD, bias_V
-        gradients = Gradients.zeros(inputs, ctx.needs_input_grad[:3])
+        gradients = Gradients.of(inputs, ctx.needs_input_grad[:3], len(chunks))
         per_row = _run_chunks(hidden_ND, weight_VD, bias_V, labels_N, body, chunks, gradients)
         ctx.save_for_backward(*gradients.as_tuple())
         ctx.num_targets = num_targets

@@ -90,8 +90,13 @@ def grads_of(loss: Tensor, inputs: dict[str, Any]) -> list[Tensor]:
     return list(torch.autograd.grad(loss, [x for x in inputs.values() if x.requires_grad]))
 
 
-def assert_same(inputs: dict[str, Any], chunk_size: int | None = 4, **options: Any) -> None:
-    out = fused_linear_kd(**inputs, **options, chunk_size=chunk_size)
+def assert_same(
+    inputs: dict[str, Any],
+    chunk_size: int | None = 4,
+    kernel: str = "compiled",
+    **options: Any,
+) -> None:
+    out = fused_linear_kd(**inputs, **options, chunk_size=chunk_size, kernel=kernel)
     loss, ce, kd = reference(inputs, **options)
     tight: dict[str, Any] = {"rtol": 1e-12, "atol": 1e-12}
     torch.testing.assert_close(out.loss, loss, **tight)
@@ -310,6 +315,50 @@ def test_nothing_of_the_size_of_the_logits_is_retained():
     out.loss.backward()
     assert saved and sum(saved) == hidden.nbytes + weight.nbytes
     assert 10 * sum(saved) < rows * vocab * 4
+
+
+def test_nothing_is_read_before_it_is_written():
+    """Buffers start as NaN here, the accumulator of the head's gradient among them."""
+    inputs = make_inputs(bias=True)
+    expected = fused_linear_kd(**inputs)
+    grads = grads_of(expected.loss, inputs)
+    torch.use_deterministic_algorithms(True)  # fills uninitialised memory with NaN
+    try:
+        assert inputs["student_weight"].new_empty(3).isnan().all()
+        for chunk_size in (3, None):
+            out = fused_linear_kd(**inputs, chunk_size=chunk_size)
+            torch.testing.assert_close(out.loss, expected.loss, rtol=1e-12, atol=0)
+            for ours, want in zip(grads_of(out.loss, inputs), grads, strict=True):
+                torch.testing.assert_close(ours, want, rtol=1e-12, atol=1e-12)
+        inputs["labels"][:] = -100
+        assert all((x == 0).all() for x in grads_of(fused_linear_kd(**inputs).loss, inputs))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "chunk_size", "held"),
+    [
+        (torch.bfloat16, None, torch.bfloat16),
+        (torch.bfloat16, 4, torch.float32),
+        (torch.float16, None, torch.float32),
+        (torch.float64, None, torch.float64),
+    ],
+)
+def test_one_chunk_writes_the_heads_gradient_in_its_dtype(dtype, chunk_size, held):
+    """Several are summed in fp32; undivided sums of fp16 could overflow. Also by tiles of V."""
+    inputs = make_inputs(vocabs=(9000, 9000), dtype=dtype)
+    out = fused_linear_kd(**inputs, chunk_size=chunk_size)
+    assert out.loss.grad_fn is not None
+    assert out.loss.grad_fn.saved_tensors[1].dtype == held
+    exact = {
+        k: x if k == "labels" else x.detach().double().requires_grad_(x.requires_grad)
+        for k, x in inputs.items()
+    }
+    wanted = grads_of(reference(exact)[0], exact)
+    for ours, want in zip(grads_of(out.loss, inputs), wanted, strict=True):
+        assert ours.dtype == dtype
+        assert relative_error(ours, want) < {torch.float64: 1e-12}.get(dtype, 0.005)
 
 
 def relative_error(x: Tensor, expected: Tensor) -> float:

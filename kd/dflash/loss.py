@@ -12,6 +12,7 @@ from __future__ import annotations
 import bisect
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -111,6 +112,8 @@ class BlockBody:
     correct_N: Tensor
     """Filled in: whether the token predicted is the response's."""
 
+    narrows_in_place: ClassVar[bool] = False
+
     def row_bytes(self, vocab: int) -> int:
         """Nothing next to the loop's own buffers: the gradient is made in place."""
         return 0
@@ -121,8 +124,10 @@ class BlockBody:
         """Return (0, w · CE) of the rows; write the gradient of the second to `dlogits_CV`."""
         blocks = self.blocks
         # Before the logits become their own gradient.
-        self.correct_N[rows] = logits_CV.argmax(-1) == labels_C
-        lse_C = logits_CV.logsumexp(-1)
+        top = logits_CV.max(-1)
+        self.correct_N[rows] = top.indices == labels_C
+        # The largest is 0 from here on: a log-sum-exp of large numbers has few digits for them.
+        lse_C = logits_CV.sub_(top.values[:, None]).logsumexp(-1)
         ce_C = lse_C - logits_CV.gather(-1, labels_C[:, None])[:, 0]
         weight_C = self.weighting.weigh(
             ce_C, blocks.offsets_N[rows], blocks.block_N[rows], blocks.block_size

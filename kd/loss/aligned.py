@@ -20,13 +20,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from kd.align import AlignedTargets, MatchedVocabulary, Side
 from kd.loss.divergences import forward_kl, generalized_jsd, reverse_kl
-from kd.objective import accumulation_dtype, head_logits
+from kd.objective import accumulation_dtype, below_maximum, head_logits
 from kd.types import IGNORE_INDEX
 
 Distance = Callable[[Tensor, Tensor, MatchedVocabulary], Tensor]
@@ -143,6 +144,7 @@ def merged_log_probs(
     logits_RV: Tensor, side: Side, rows: slice, groups: slice, temperature: float, merge: Merge
 ) -> Tensor:
     """Log m, [G, V], of the groups `groups`, which lie within the rows `rows` of one model."""
+    logits_RV = below_maximum(logits_RV)
     if temperature != 1:
         logits_RV = logits_RV / temperature
     num_groups = groups.stop - groups.start
@@ -166,6 +168,8 @@ class AlignedBody:
     kd_weight: float | Tensor = 1.0
     """num_targets / num_kd_targets: the loop divides the gradient by num_targets."""
     _teacher_logits: Tensor | None = field(default=None, init=False, repr=False)
+
+    narrows_in_place: ClassVar[bool] = False
 
     def row_bytes(self, vocab: int) -> int:
         """What autograd keeps for one row of each model."""

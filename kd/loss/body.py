@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -28,6 +29,8 @@ class AutogradBody:
     divergence: Divergence
     temperature: float
     kd_ratio: float
+
+    narrows_in_place: ClassVar[bool] = False
 
     def row_bytes(self, vocab: int) -> int:
         """What autograd keeps for one row."""

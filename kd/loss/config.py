@@ -21,6 +21,7 @@ from kd.objective import (
     DenseBody,
     DenseLoss,
     KDOutput,
+    Kernel,
     check_head,
     check_positive,
     check_range,
@@ -43,6 +44,7 @@ class Objective:
     kd_ratio: float
     compile: CompilePolicy = CompilePolicy.auto
     chunk_mib: int | None = None
+    kernel: Kernel = Kernel.compiled
 
     def __call__(
         self,
@@ -155,7 +157,7 @@ def body_for(targets: TeacherTargets, objective: Objective) -> Body:
 def _(targets: DenseTargets, objective: Objective) -> Body:
     if objective.closed_form is None:
         return _autograd_body(targets, objective)
-    return DenseBody(targets, objective.closed_form, objective.compile)
+    return DenseBody(targets, objective.closed_form, objective.compile, objective.kernel)
 
 
 @body_for.register
@@ -167,7 +169,7 @@ def _(targets: AlignedTargets, objective: Objective) -> Body:
 
 @body_for.register
 def _(targets: None, objective: Objective) -> Body:
-    return DenseBody(targets, CE_ONLY, objective.compile)
+    return DenseBody(targets, CE_ONLY, objective.compile, objective.kernel)
 
 
 @dataclass
@@ -180,12 +182,20 @@ class LossConfig:
     """Memory for the logits of one chunk, in MiB; null: 2,560 on a GPU, else 256."""
     compile: CompilePolicy = CompilePolicy.auto
     """For a teacher's whole distribution; sparse targets are not compiled."""
+    kernel: Kernel = Kernel.compiled
+    """For a teacher's whole distribution: `compiled` as `compile` says, `triton` on a CUDA device,
+    or `eager`."""
 
     def validate(self) -> None:
         """Raise UserError for values out of range."""
         check_positive("loss.temperature", self.temperature)
         if self.chunk_mib is not None:
             check_positive("loss.chunk_mib", self.chunk_mib)
+        if self.compile is CompilePolicy.always and self.kernel is not Kernel.compiled:
+            raise UserError(
+                f"loss.compile=always, but loss.kernel={self.kernel.value} is not compiled: leave "
+                "one of them out"
+            )
 
     def build(self, kd_ratio: float) -> Objective:
         """The objective that mixes CE with this divergence by `kd_ratio`."""
@@ -196,7 +206,13 @@ class LossConfig:
     ) -> Objective:
         closed_form = DenseLoss(name, beta, self.temperature, kd_ratio)
         return Objective(
-            divergence, closed_form, self.temperature, kd_ratio, self.compile, self.chunk_mib
+            divergence,
+            closed_form,
+            self.temperature,
+            kd_ratio,
+            self.compile,
+            self.chunk_mib,
+            self.kernel,
         )
 
 

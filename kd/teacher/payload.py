@@ -99,7 +99,8 @@ def top_k(
         rows = slice(start, min(start + CHUNK_ROWS, len(response_ids_N)))
         logits_CV = buffer[: rows.stop - rows.start]
         head_logits(targets.hidden_ND[rows], weight_VD, bias_V, logits_CV)
-        parts.append(_top_k_chunk(logits_CV.div_(temperature), response_ids_N[rows], k))
+        logits_CV.sub_(logits_CV.amax(-1, keepdim=True)).div_(temperature)
+        parts.append(_top_k_chunk(logits_CV, response_ids_N[rows], k))
     if not parts:
         none_N = weight_VD.new_empty(0, dtype=dtype)
         return TopK(response_ids_N.new_empty(0, k), none_N.new_empty(0, k), none_N, none_N)
@@ -109,6 +110,7 @@ def top_k(
 
 
 def _top_k_chunk(logits_CV: Tensor, response_ids_C: Tensor, k: int) -> TopK:
+    """Of logits whose largest is 0, so that their log-sum-exp has all its digits."""
     log_z_C = logits_CV.logsumexp(-1)
     top_CK, ids_CK = logits_CV.topk(k, dim=-1)
     response_C1 = logits_CV.gather(1, response_ids_C[:, None])

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kd.objective import below_maximum
 from kd.teacher.payload import ABSENT, TopK, rest
 from kd.types import UserError
 
@@ -39,7 +40,7 @@ class SparseTargets:
         Raises UserError where the log-probs are of another temperature and cannot be changed.
         """
         dtype = torch.float64 if student_logits_CV.dtype == torch.float64 else torch.float32
-        logits_CV = student_logits_CV[:, : self.vocab].to(dtype)
+        logits_CV = below_maximum(student_logits_CV[:, : self.vocab].to(dtype))
         if temperature != 1:
             logits_CV = logits_CV / temperature
         ids_CK, teacher_CK = self.top.ids_NK[rows], self.top.logp_NK[rows].to(dtype)

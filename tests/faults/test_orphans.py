@@ -28,16 +28,24 @@ COMMANDS = {
 }
 
 
+def command_line(member: psutil.Process) -> str:
+    """Empty if it has just ended: what starts also starts processes that live for a moment."""
+    try:
+        return " ".join(member.cmdline())
+    except psutil.NoSuchProcess:
+        return ""
+
+
 def kill_and_see(process: Process, sent: signal.Signals = signal.SIGKILL) -> list[str]:
     """Kill the process that the user knows of; the command lines of all there were then."""
     members = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    before = [" ".join(member.cmdline()) for member in members]
+    before = [command_line(member) for member in members]
     os.kill(process.pid, sent)
     process.wait()
     ends = time.monotonic() + LEFT_S
     while (left := process.members()) and time.monotonic() < ends:
         time.sleep(0.05)
-    assert not left, [(member.pid, member.cmdline(), member.status()) for member in left]
+    assert not left, [(member.pid, command_line(member)) for member in left]
     return before
 
 
@@ -84,7 +92,7 @@ def test_killed_while_workers_start(tmp_path):
 
 def _fork_server(process: Process) -> bool:
     members = psutil.Process(process.pid).children()
-    return any("multiprocessing.forkserver" in " ".join(m.cmdline()) for m in members)
+    return any("multiprocessing.forkserver" in command_line(member) for member in members)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kd.loss import ForwardKLConfig, JSDConfig, LossConfig, Objective, ReverseKLConfig
 from kd.loss.divergences import forward_kl, generalized_jsd, reverse_kl
 from kd.objective import CompilePolicy, KDOutput, fused_linear_kd
-from kd.objective_dense import can_compile
+from kd.objective_compile import GPU_OPTIONS, can_compile
+from kd.objective_dense import DenseLoss, dense_chunk
 from kd.types import DenseTargets, TeacherTargets, UserError
 from tests.processes import completed, python
 
@@ -313,6 +314,31 @@ def test_one_graph_serves_any_number_of_rows():
     for rows in (6, 9, 4, 31, 2):
         make_case(rows=rows, vocab=33, dtype=torch.float32).run(objective, None)
     assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd"])
+def test_no_whole_tensor_between_sweeps_on_a_gpu(monkeypatch, name, temperature):
+    """By Inductor's rules for GPUs, which it is made to take a CPU for; there is none here.
+
+    On a CPU it may keep some, of a block of rows that stays in the cache.
+    """
+    import torch._inductor.ir as ir
+    from torch._inductor.utils import run_and_get_code
+
+    monkeypatch.setattr(ir, "is_cpu", lambda x: False)
+    rows, vocab = 8, 20_011
+    z, t = torch.randn(2, rows, vocab).unbind()
+    labels, loss = torch.arange(rows), DenseLoss(name, 0.5, temperature, 0.5)
+    buffers = {}
+    for options in (None, dict(GPU_OPTIONS)):
+        torch._dynamo.reset()
+        with torch._inductor.config.patch(force_disable_caches=True):
+            function = torch.compile(dense_chunk, dynamic=False, fullgraph=True, options=options)
+            _, (code,) = run_and_get_code(function, z.clone(), t, labels, z.clone(), loss)
+        buffers[options is None] = code.count(f"empty_strided_cpu(({rows}, {vocab})")
+    assert buffers[False] == 0
+    assert buffers[True] == 0 if name == "forward_kl" else buffers[True] > 0
 
 
 def test_many_configurations_stay_compiled():
