@@ -20,6 +20,7 @@ from kd.model.spec import (
     ScratchModel,
     TrainedModel,
 )
+from kd.model.stream import TensorSpec, WeightStream
 from kd.model.vlm import VLM, FrozenVLM, Student, cut
 
 __all__ = [
@@ -35,7 +36,9 @@ __all__ = [
     "Reader",
     "ScratchModel",
     "Student",
+    "TensorSpec",
     "TrainedModel",
+    "WeightStream",
     "check_images",
     "check_packing",
     "cut",

@@ -5,6 +5,7 @@ Legend: W [out, in] is the weight of a linear layer, A [rank, in], B [out, rank]
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, distribution
 from typing import TYPE_CHECKING
@@ -98,18 +99,36 @@ class Adapters:
     scale: float = 0.0
 
     def merge(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The state of the model without adapters that computes the same.
+        """The state of the model without adapters that computes the same."""
+        return {
+            name: self.combine([state[source] for source in sources])
+            for name, sources in self.sources(state).items()
+        }
 
-        W + scale * B A in float32, whatever W is held in; layers without adapters are as they were.
+    def sources(self, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+        """For each tensor of the model without adapters, the names of those it is made from.
+
+        Of itself alone; or of W, A and B, in this order.
         """
-        merged = dict(state)
-        for layer in self.layers:
-            weight = merged.pop(f"{layer}.base_layer.weight")
-            a, b = (merged.pop(name) for name in _names(layer))
-            merged[f"{layer}.weight"] = weight.float() + self.scale * (b.float() @ a.float())
-            if f"{layer}.base_layer.bias" in merged:
-                merged[f"{layer}.bias"] = merged.pop(f"{layer}.base_layer.bias")
-        return merged
+        adapted = {f"{layer}.base_layer.weight": layer for layer in self.layers}
+        ends = {f"{layer}.base_layer.bias": layer for layer in self.layers}
+        added = {name for layer in self.layers for name in _names(layer)}
+        found: dict[str, tuple[str, ...]] = {}
+        for name in names:
+            if name in adapted:
+                found[f"{adapted[name]}.weight"] = (name, *_names(adapted[name]))
+            elif name in ends:
+                found[f"{ends[name]}.bias"] = (name,)
+            elif name not in added:
+                found[name] = (name,)
+        return found
+
+    def combine(self, parts: Sequence[Tensor]) -> Tensor:
+        """The tensor made from its `sources`: W + scale * B A in float32, whatever W is held in."""
+        if len(parts) == 1:
+            return parts[0]
+        weight, a, b = parts
+        return weight.float() + self.scale * (b.float() @ a.float())
 
     def alone(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """A and B of every layer under the names of a peft folder."""
