@@ -57,6 +57,7 @@ FREE_KEYS = (
     "rollout.engine.gather",
     "rollout.engine.token_budget",
     "rollout.engine.urls",
+    "rollout.engine.transfer",
     "rollout.engine.model",
     "rollout.engine.max_concurrency",
     "rollout.engine.timeout_s",

@@ -1,33 +1,35 @@
 """The `vllm` engine: responses come from vLLM servers, which take over the weights as they change.
 
-The servers must be able to read the run's directory: on one machine, or over a shared disk. Each
-serves this run alone, and its own url leads to it, without a balancer between.
+Each serves this run alone, and its own url leads to it, without a balancer between. With
+`transfer=disk` they must be able to read the run's directory: on one machine, or on a shared disk.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
-import shutil
 import threading
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import httpx
 
-from kd.model import gather
 from kd.parallel import DTYPES
 from kd.remote import Fault, check_prompt, client
 from kd.rollout.engine import Engine, EngineConfig, Policy, Sampling
 from kd.rollout.vllm_chat import Answer, chat_request, read_answer
 from kd.rollout.vllm_handshake import handshake, prompt_ids
+from kd.rollout.vllm_nccl import over_nccl
 from kd.rollout.vllm_servers import Servers, Weights
-from kd.rollout.vllm_weights import remove_others, write
+from kd.rollout.vllm_weights import Connection, DiskTransfer, WeightTransfer
 from kd.types import Rollout, Sample, UserError
 
-log = logging.getLogger("kd")
+TRANSFERS: dict[str, Callable[[Policy, Connection], WeightTransfer]] = {
+    "disk": DiskTransfer,
+    "nccl": over_nccl,
+}
 
 
 @dataclass
@@ -39,6 +41,9 @@ class VllmEngineConfig(EngineConfig):
     """The name it is served under; None: the first that the server lists."""
     sync_every: int = 1
     """Hand over the weights whenever so many optimizer steps are done."""
+    transfer: str = "disk"
+    """How: disk (a folder in the run's directory) or nccl (from GPU to GPU; the servers are started
+    with --weight-transfer-config)."""
     weights_dtype: str = "bfloat16"
     """In which they are handed over; the server computes in its own --dtype."""
     max_concurrency: int = 64
@@ -65,6 +70,8 @@ class VllmEngineConfig(EngineConfig):
                 f"{key}: timeout_s={self.timeout_s}, wait_s={self.wait_s}, retries={self.retries}: "
                 "give a positive timeout_s and the others 0 or more"
             )
+        if self.transfer not in TRANSFERS:
+            raise UserError(f"{key}.transfer={self.transfer}: use {' or '.join(TRANSFERS)}")
         if self.weights_dtype not in DTYPES:
             raise UserError(
                 f"{key}.weights_dtype={self.weights_dtype}: use one of {', '.join(DTYPES)}"
@@ -77,18 +84,32 @@ class VllmEngineConfig(EngineConfig):
 
     def build(self, policy: Policy) -> Engine:
         """See the base class. Waits for the servers."""
+        transfer, problem = None, None
+        try:
+            transfer = TRANSFERS[self.transfer](policy, self)
+        except UserError as error:
+            problem = str(error)
+        policy.world.agree(problem)
+        assert transfer is not None
+        return self.connect(policy, transfer)
+
+    def connect(self, policy: Policy, transfer: WeightTransfer) -> VllmEngine:
+        """The engine with this transfer. Collective, as `build` is."""
         names, problem = {}, None
         if policy.world.is_main:
             try:
-                names = asyncio.run(self._handshake(policy))
+                names = asyncio.run(self._handshake(policy, transfer))
             except UserError as error:
                 problem = str(error)
         policy.world.agree(problem)
-        return VllmEngine(policy, self, policy.world.broadcast(names))
+        return VllmEngine(policy, self, policy.world.broadcast(names), transfer)
 
-    async def _handshake(self, policy: Policy) -> dict[str, str]:
+    async def _handshake(self, policy: Policy, transfer: WeightTransfer) -> dict[str, str]:
         async with client(len(self.urls)) as http:
-            return await handshake(self.servers(http, None), policy, self.model)
+            servers = self.servers(http, None)
+            names = await handshake(servers, policy, self.model)
+            await transfer.check(servers)
+            return names
 
     def servers(self, http: httpx.AsyncClient, weights: Weights | None) -> Servers:
         """The servers, for one event loop."""
@@ -102,8 +123,14 @@ class VllmEngine:
     whatever company as far as the server's arithmetic is (vLLM's batch-invariant mode).
     """
 
-    def __init__(self, policy: Policy, config: VllmEngineConfig, names: dict[str, str]) -> None:
-        self.policy, self.config, self.names = policy, config, names
+    def __init__(
+        self,
+        policy: Policy,
+        config: VllmEngineConfig,
+        names: dict[str, str],
+        transfer: WeightTransfer,
+    ) -> None:
+        self.policy, self.config, self.names, self.transfer = policy, config, names, transfer
         self.weights: Weights | None = None
         self.policy_step = 0
         # `generate` may run in a thread: weights do not change under it.
@@ -116,35 +143,10 @@ class VllmEngine:
         every = self.config.sync_every
         if self.weights is not None and step // every == self.policy_step // every:
             return
-        policy = self.policy
         with self._lock:
-            state = gather(policy.vlm)
-            label = policy.world.broadcast(f"{uuid.uuid4().hex}-{step}")
-            folder = policy.folder.resolve() / "rollout_weights" / f"step_{step:06d}"
-            weights, problem = Weights(folder, label), None
-            if policy.world.is_main:
-                try:
-                    write(folder, state, policy, self.config.weights_dtype)
-                    asyncio.run(self._load(weights))
-                    remove_others(folder)
-                except (UserError, OSError) as error:
-                    problem = str(error)
-            policy.world.agree(problem)
-            self.weights, self.policy_step = weights, step
-
-    async def _load(self, weights: Weights) -> None:
-        """Have the servers load; one that is away does when it is back, before it is used."""
-        async with client(len(self.config.urls)) as http:
-            servers = self.config.servers(http, weights)
-
-            async def load(url: str) -> None:
-                try:
-                    await servers.ready(url)
-                except Fault as fault:
-                    log.warning("step %s: weights not handed over yet: %s", weights.folder, fault)
-
-            await asyncio.gather(*map(load, servers.urls))
-            await servers.pick(0)
+            label = self.policy.world.broadcast(f"{uuid.uuid4().hex}-{step}")
+            self.weights = self.transfer.send(step, label)
+            self.policy_step = step
 
     # ---- responses -------------------------------------------------------------------------------
 
@@ -222,5 +224,4 @@ class VllmEngine:
 
     def close(self) -> None:
         """Remove the weights that were handed over."""
-        if self.policy.world.is_main:
-            shutil.rmtree(self.policy.folder / "rollout_weights", ignore_errors=True)
+        self.transfer.close()

@@ -9,32 +9,47 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
+import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import httpx
 
 from kd.remote import Fault, request_json
 from kd.types import UserError
 
+log = logging.getLogger("kd")
+
 PROBE_TIMEOUT_S = 30.0
 POLL_S = 0.5
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Weights:
-    """What the servers are to hold."""
+class Weights(Protocol):
+    """What the servers are to hold, and how they come by it."""
 
-    folder: Path
-    """A Hugging Face folder that the servers can read."""
-    label: str
-    """Of this step of this run alone."""
+    @property
+    def label(self) -> str:
+        """Of this step of this run alone."""
+        ...
+
+    def turn(self, servers: Servers, url: str) -> AbstractAsyncContextManager[None]:
+        """One rank at a time: two loadings at once would resume each other's pause.
+
+        Raises Fault where the weights cannot be had now.
+        """
+        ...
+
+    async def load(self, servers: Servers, url: str, held: str) -> None:
+        """Have the server, which is paused, take them; `held` is the version it had before.
+
+        Raises Fault, or UserError where it never can.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -62,10 +77,9 @@ class Servers:
         self._faults: dict[str, tuple[float, Fault]] = {}
         self._locks = {url: asyncio.Lock() for url in urls}
 
-    async def get(self, url: str, path: str) -> dict[str, Any]:
+    async def get(self, url: str, path: str, timeout_s: float = PROBE_TIMEOUT_S) -> dict[str, Any]:
         """Ask something that is quickly answered."""
-        timeout_s = min(PROBE_TIMEOUT_S, self.timeout_s)
-        return await request_json(self.client, url + path, None, timeout_s)
+        return await request_json(self.client, url + path, None, min(timeout_s, self.timeout_s))
 
     async def post(self, url: str, path: str, payload: dict[str, Any]) -> dict[str, Any]:
         """Have something done."""
@@ -94,6 +108,38 @@ class Servers:
                         "command: it goes on from its last checkpoint"
                     ) from None
             await asyncio.sleep(POLL_S)
+
+    async def load_all(self, ended: Callable[[str], None] = lambda url: None) -> list[Held]:
+        """Have all load, and give those that have; one that is away does when it is back.
+
+        `ended` is called with each url that has loaded, or has failed to.
+        """
+
+        async def load(url: str) -> Held | None:
+            try:
+                return await self.ready(url)
+            except Fault as fault:
+                log.warning("weights not handed over yet: %s", fault)
+                return None
+            finally:
+                ended(url)
+
+        found = await asyncio.gather(*map(load, self.urls), return_exceptions=True)
+        for one in found:
+            if isinstance(one, BaseException):
+                raise one
+        return [one for one in found if isinstance(one, Held)]
+
+    async def any_up(self) -> None:
+        """See that there is one. Raises Fault."""
+        faults = []
+        for url in self.urls:
+            try:
+                await self._version(url)
+                return
+            except Fault as fault:
+                faults.append(str(fault))
+        raise Fault("; ".join(faults))
 
     def distrust(self, url: str) -> None:
         """Ask the server again before its next use."""
@@ -147,56 +193,26 @@ class Servers:
                 )
             return version
         if not self._is_right(version):
-            lock = self.weights.folder.parent / f".server_{self.urls.index(url)}.lock"
-            async with _one_rank(lock, self.timeout_s):
+            async with self.weights.turn(self, url):
                 version = await self._version(url)
                 if not self._is_right(version):
-                    version = await self._load(url, self.weights)
+                    version = await self._load(url, self.weights, version)
         return version
 
     def _is_right(self, version: str) -> bool:
         return self.weights is not None and version.startswith(f"{self.weights.label}/")
 
-    async def _load(self, url: str, weights: Weights) -> str:
+    async def _load(self, url: str, weights: Weights, held: str) -> str:
         version = f"{weights.label}/{uuid.uuid4().hex}"
         # Whatever becomes of this loading, the weights before are not there any more.
         await self.post(url, "/update_weight_version", {"new_version": "loading"})
         # Paused, and what runs is aborted: the worker drops its image embeddings with the weights,
         # and a request that counts on one of them takes the server down.
         await self.post(url, "/pause?mode=abort", {})
-        await self._reload(url, weights.folder)
+        await weights.load(self, url, held)
         await self.post(url, "/reset_encoder_cache", {})
         if not (await self.post(url, "/reset_prefix_cache", {})).get("success"):
             raise Fault(f"{url} keeps the attention cache of its old weights")
         await self.post(url, "/update_weight_version", {"new_version": version})
         await self.post(url, "/resume", {})
         return version
-
-    async def _reload(self, url: str, folder: Path) -> None:
-        reload = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
-        try:
-            await self.post(url, "/collective_rpc", reload)
-        except Fault as fault:
-            if not fault.answered:
-                raise
-            # It stays paused: half of its weights have no data, a request would take it down.
-            raise UserError(
-                f"the weights in {folder} cannot be loaded: {fault}\n"
-                f"{url} must be able to read that folder, and serve a model of the same sizes"
-            ) from None
-
-
-@contextlib.asynccontextmanager
-async def _one_rank(path: Path, timeout_s: float) -> AsyncIterator[None]:
-    """One rank at a time: two loadings at once would resume each other's pause."""
-    with path.open("w") as file:
-        deadline = time.monotonic() + timeout_s
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise Fault(f"{path} is locked by another rank for {timeout_s:g} s") from None
-            await asyncio.sleep(POLL_S)
-        yield
