@@ -59,15 +59,20 @@ class WeightStream:
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         """Pairs in the order of `specs` on rank 0, nothing on the others. Collective."""
-        specs = iter(self.specs)
-        state = self._state()
+        state, specs = self._state(), iter(self.specs)
         for group in self.groups:
-            values = {name: self._value([state[n] for n in names]) for name, names in group.items()}
-            if not self.world.is_main:
-                continue
-            for name, value in self._converted(values).items():
-                assert TensorSpec(name, value.dtype, tuple(value.shape)) == next(specs), name
-                yield name, value
+            yield from self._tensors(group, state, specs)
+
+    def _tensors(
+        self, group: Sources, state: dict[str, Tensor], specs: Iterator[TensorSpec]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Of one group; a function of its own, so that nothing holds it while the next is made."""
+        values = {name: self._value([state[n] for n in names]) for name, names in group.items()}
+        if not self.world.is_main:
+            return
+        for name, value in self._converted(values).items():
+            assert TensorSpec(name, value.dtype, tuple(value.shape)) == next(specs), name
+            yield name, value
 
     def _state(self) -> dict[str, Tensor]:
         """Shards, under the names that the model itself has for them, without what is not saved."""

@@ -99,16 +99,26 @@ class NcclTransfer:
     async def check(self, servers: Servers) -> None:
         """See `WeightTransfer`."""
         for url in servers.urls:
-            # Asked for the first time, it looks at its whole environment.
-            path = "/server_info?config_format=json"
-            info = await servers.waited(partial(servers.get, url, path, servers.timeout_s))
-            transfer = info["vllm_config"].get("weight_transfer_config") or {}
-            if transfer.get("backend") != "nccl":
+            said = await servers.waited(partial(self._backend, servers, url))
+            if "for NCCLWeightTransferEngine:" not in said:
                 raise UserError(
-                    f"{url} takes no weights over NCCL: start it with {OPTION} "
+                    f"{url} takes no weights over NCCL ({said}): start it with {OPTION} "
                     "(KD_VLLM_TRANSFER=nccl for scripts/vllm_server.sh)\n"
                     "or set rollout.engine.transfer=disk"
                 )
+
+    async def _backend(self, servers: Servers, url: str) -> str:
+        """What the server says to an offer without contents: it names its backend.
+
+        `/server_info` would tell as well, but fails in an environment without pip.
+        """
+        try:
+            await servers.post(url, "/init_weight_transfer_engine", {"init_info": {}})
+        except Fault as fault:
+            if not fault.answered:
+                raise
+            return str(fault)
+        return "it accepts an offer without contents"
 
     def send(self, step: int, label: str) -> HandedOver:
         """See `WeightTransfer`. Tries again where the servers that began have not ended."""

@@ -48,7 +48,6 @@ def packed(stream: WeightStream, buffer_bytes: int, device: torch.device) -> Ite
         size = sum(spec.num_bytes for spec in specs)
         buffer = torch.empty(size, dtype=torch.uint8, device=device)
         for place, spec in zip(buffer.split([s.num_bytes for s in specs]), specs, strict=True):
-            _, value = next(pairs)
-            place.view(spec.dtype).view(spec.shape).copy_(value)
+            place.view(spec.dtype).view(spec.shape).copy_(next(pairs)[1])
         yield buffer
     assert next(pairs, None) is None

@@ -18,7 +18,7 @@ from kd.rollout import Sampling
 from kd.rollout.vllm import VllmEngineConfig
 from kd.rollout.vllm_chat import chat_request
 from kd.types import Rollout, Sample, UserError
-from tests.processes import join
+from tests.processes import LIMIT_S, join
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
@@ -87,7 +87,7 @@ def served(engine, prompt: Sample, seed: int) -> tuple[list[int], torch.Tensor]:
     request = chat_request(engine.policy, prompt, 1, SAMPLING, seed)
     (url,) = engine.config.urls
     request |= {"model": engine.names[url], "logprobs": True}
-    reply = httpx.post(f"{url}/v1/chat/completions", json=request, timeout=60, trust_env=False)
+    reply = httpx.post(f"{url}/v1/chat/completions", json=request, timeout=LIMIT_S, trust_env=False)
     (choice,) = reply.json()["choices"]
     logp = torch.tensor([token["logprob"] for token in choice["logprobs"]["content"]])
     return choice["token_ids"], logp
