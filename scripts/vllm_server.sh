@@ -5,6 +5,7 @@
 # vLLM has an environment of its own, .venv-vllm (or $KD_VLLM_VENV), made on the first call; where
 # there is no GPU, with the CPU build. The server listens on this machine alone (--host changes
 # that), because whoever reaches it can change its weights.
+# KD_VLLM_TRANSFER=nccl: it takes weights over NCCL (rollout.engine.transfer=nccl).
 set -euo pipefail
 repo="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 venv="${KD_VLLM_VENV:-$repo/.venv-vllm}"
@@ -59,6 +60,11 @@ fi
 export VLLM_SERVER_DEV_MODE=1 VLLM_NO_USAGE_STATS=1
 [ ! -d "$model" ] || export HF_HUB_OFFLINE=1
 options=()
+case "${KD_VLLM_TRANSFER:-disk}" in
+  disk) ;;
+  nccl) options+=(--weight-transfer-config '{"backend":"nccl"}') ;;
+  *) echo "KD_VLLM_TRANSFER=$KD_VLLM_TRANSFER: use disk or nccl" >&2; exit 2 ;;
+esac
 if ! has_gpu; then
   export VLLM_CPU_KVCACHE_SPACE="${VLLM_CPU_KVCACHE_SPACE:-1}" # GiB
   options+=(--enforce-eager)

@@ -148,6 +148,7 @@ ONE_GROUP = [
             "max_concurrency=0": r"max_concurrency=0",
             "timeout_s=0": r"timeout_s=0",
             "weights_dtype=float8": r"weights_dtype=float8: use one of",
+            "transfer=ipc": r"rollout\.engine\.transfer=ipc: use disk or nccl",
         }.items()
     ),
     mistake("rollout=mixed rollout.lmbda=1.1", r"rollout\.lmbda=1\.1: a probability, in \[0, 1\]"),
