@@ -180,12 +180,12 @@ def peak_of(world: World, adapted: bool) -> tuple[int, int, int]:
     bound += max(sum(sizes[name] for name in group) for group in stream.groups)
     merged = [2 * sizes[f"{layer}.weight"] for layer in vlm.adapters.layers]
     bound += 3 * max(sizes.values()) + 4 * max(merged, default=0)
-    on_the_way: Tensor | None = None
     with LiveBytes(vlm.state_dict().values()) as live:
+        on_the_way = [torch.empty(0)]
         for buffer in packed(stream, BUFFER_BYTES, world.device):
-            assert on_the_way is None or on_the_way.nbytes <= max(buffers)
-            on_the_way = buffer
-    del buffer, on_the_way
+            on_the_way[0] = buffer
+            del buffer
+        on_the_way.clear()
     assert live.now <= max(sizes.values()), "nothing stays"
     return live.peak, bound, sum(sizes.values())
 
