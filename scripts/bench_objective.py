@@ -20,12 +20,12 @@ import platform
 import statistics
 import subprocess
 import sys
-import sysconfig
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import peers
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -34,7 +34,6 @@ from kd.objective import DenseBody, DenseLoss, fused_linear_kd
 from kd.objective_loop import balanced_chunks, rows_in_budget
 from kd.types import DenseTargets
 
-PEERS = ("liger-kernel==0.8.5", "nemo-automodel==0.7.0", "trl==1.16.0")
 BETAS = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5}
 MIB = 2**20
 
@@ -243,24 +242,12 @@ def measure(args: argparse.Namespace) -> dict[str, float | str]:
     }
 
 
-def install_peers(folder: Path) -> Path:
-    """A throw-away venv with the peers alone; torch and the rest come from this interpreter."""
-    python = folder / "bin" / "python"
-    if not python.exists():
-        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        site = next(folder.glob("lib/python*/site-packages"))
-        (site / "host.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
-        pip = [python, "-m", "pip", "install", "--quiet", "--no-deps"]
-        subprocess.run([*pip, *PEERS], check=True)
-    return python
-
-
 def run_alone(name: str, args: argparse.Namespace, python: Path) -> dict:
     """Measure one variant in a process of its own, on the last `threads` cores."""
     env = os.environ | {
         "OMP_NUM_THREADS": str(args.threads),
         "HF_HUB_DISABLE_TELEMETRY": "1",
-        "PYTHONPATH": str(Path(__file__).parents[1]),
+        "PYTHONPATH": f"{Path(__file__).parents[1]}:{os.environ.get('PYTHONPATH', '')}",
     }
     cores = sorted(os.sched_getaffinity(0))[-args.threads :]
     pin = ["taskset", "-c", ",".join(map(str, cores))] if args.device == "cpu" else []
@@ -322,8 +309,8 @@ def main() -> None:
         print(json.dumps(measure(args)))
         return
     here = Path(sys.executable)
-    peers = install_peers(args.install_peers) if args.install_peers else here
-    results = {name: run_alone(name, args, here if name in OWN else peers) for name in VARIANTS}
+    other = peers.install(args.install_peers) if args.install_peers else here
+    results = {name: run_alone(name, args, here if name in OWN else other) for name in VARIANTS}
     shape = f"N {args.N}, Ds {args.ds}, Dt {args.dt}, V {args.vocab:,}, {args.dtype}"
     print(f"{machine(args)}\n\n{args.divergence}, {shape}, targets {args.targets_fraction:.0%}\n")
     times = f"{args.clock} seconds, median (min-max)"

@@ -42,13 +42,13 @@ import socket
 import statistics
 import subprocess
 import sys
-import sysconfig
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
+import peers
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -67,7 +67,6 @@ from kd.parallel import ParallelConfig, World, shard
 from kd.teacher.local import LocalTeacher
 from kd.types import IGNORE_INDEX, Batch, Sample
 
-PEERS = ("trl==1.16.0", "nemo-automodel==0.7.0")
 SIZES = {"tiny": ((128, 2), (256, 4)), "small": ((256, 4), (512, 8))}
 """(hidden size, layers) of student and teacher."""
 WORD = " odd"
@@ -486,17 +485,6 @@ def row(runner: Runner, base: Runner) -> str:
     )
 
 
-def install_peers(folder: Path) -> Path:
-    """A throw-away venv with the peers alone; torch and the rest come from this interpreter."""
-    python = folder / "bin" / "python"
-    if not python.exists():
-        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        site = next(folder.glob("lib/python*/site-packages"))
-        (site / "host.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
-        subprocess.run([python, "-m", "pip", "install", "-q", "--no-deps", *PEERS], check=True)
-    return python
-
-
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("case", choices=["peers", "ranks"])
@@ -520,10 +508,10 @@ def main() -> None:
         serve(args)
         return
     here = Path(sys.executable)
-    peers = install_peers(args.install_peers) if args.install_peers else here
+    other = peers.install(args.install_peers) if args.install_peers else here
     names = args.variants if args.case == "peers" else ["ours"]
     runners = [
-        Runner(name, ranks, here if name in OWN else peers)
+        Runner(name, ranks, here if name in OWN else other)
         for ranks in args.ranks
         for name in names
     ]
