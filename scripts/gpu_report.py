@@ -122,6 +122,7 @@ ROWS = (
         "parts sum to the step; kernels have time",
     ),
     Row("objective at N 200", "tests/gpu/test_gpu_bench.py::test_small", 60, "recorded"),
+    Row("other tests of a GPU", "tests --ignore=tests/gpu", 60, "pass"),
 )
 """Those that matter most come first: a check that is cut off loses the others."""
 

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Make .venv (or $KD_VENV) with kd installed in place, by the Python on the PATH (or $KD_PYTHON).
 # Usage: scripts/setup.sh [extra,...]
+# With KD_LOWEST=1: the oldest packages that pyproject.toml allows, not those of constraints.txt.
 # Prints the venv's python on stdout; everything else goes to stderr. What is installed already is
 # left alone, without a package index.
 set -euo pipefail
@@ -11,7 +12,9 @@ fail() { echo "error: $*" >&2; exit 2; }
 
 # One line per set of extras, of what they were installed from; with any, there is all but extras.
 stamp="$venv/.kd-installed"
-from="$PWD $(cat pyproject.toml constraints.txt | cksum)"
+versions=(--constraint constraints.txt)
+[ -z "${KD_LOWEST:-}" ] || versions=(--resolution lowest-direct)
+from="$PWD $(echo "${versions[@]}" | cat - pyproject.toml constraints.txt | cksum)"
 is_installed() {
   grep -qxF "$from $extras" "$stamp" 2>/dev/null ||
     { [ -z "$extras" ] && grep -qF "$from" "$stamp" 2>/dev/null; }
@@ -48,7 +51,7 @@ cache=$("$uv" cache dir)
 
 [ -x "$venv/bin/python" ] || "$uv" venv --quiet --python "$python" "$venv" >&2
 "$uv" pip install --quiet --python "$venv/bin/python" \
-  --constraint constraints.txt --editable ".${extras:+[$extras]}" >&2 ||
+  "${versions[@]}" --editable ".${extras:+[$extras]}" >&2 ||
   fail "cannot install kd's packages: the set-up needs a package index and some 8 GB of disk, once"
 { grep -F "$from" "$stamp" 2>/dev/null || true; echo "$from $extras"; } >"$stamp.new"
 mv "$stamp.new" "$stamp"
