@@ -17,8 +17,7 @@ if [ -d .gpu_wheels ]; then
   site=$(mktemp -d)
   trap 'rm -rf "$site"' EXIT
   # Not a venv: on top of a Python that is a venv itself it would not see what that one has.
-  "$python" scripts/gpu_report.py --lacking .gpu_wheels |
-    xargs -r "$python" -m pip install --quiet --no-index --no-deps --target "$site"
+  "$python" scripts/gpu_report.py --unpack .gpu_wheels "$site"
   export PYTHONPATH="$PWD:$site"
 fi
 "$python" scripts/gpu_report.py "$out" "$@" 2>"$out/log.txt"

@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -348,6 +349,13 @@ def run(
 # ---- wheels --------------------------------------------------------------------------------------
 
 
+def unpack(folder: Path, site: Path) -> None:
+    """What the interpreter lacks, for PYTHONPATH; needs no pip, which not every venv has."""
+    for wheel in lacking(folder):
+        with zipfile.ZipFile(wheel) as file:
+            file.extractall(site)
+
+
 def lacking(folder: Path) -> list[Path]:
     """Wheels in this folder of what the interpreter does not have, or has older."""
     return [wheel for wheel in sorted(folder.glob("*.whl")) if _is_lacking(wheel)]
@@ -373,10 +381,12 @@ def main() -> None:
     parser.add_argument("out", type=Path, nargs="?", default=Path("runs/gpu_check"))
     parser.add_argument("--seconds", type=float, default=480, help="for all rows together")
     parser.add_argument("--rows", help="only those whose name has this in it")
-    parser.add_argument("--lacking", type=Path, metavar="DIR", help="list wheels to install")
+    parser.add_argument(
+        "--unpack", type=Path, nargs=2, metavar=("WHEELS", "SITE"), help="wheels that are lacking"
+    )
     args = parser.parse_args()
-    if args.lacking:
-        print("\n".join(map(str, lacking(args.lacking))))
+    if args.unpack:
+        unpack(*args.unpack)
         return
     rows = [row for row in ROWS if not args.rows or args.rows in row.name]
     sys.exit(not run(rows, args.out, args.seconds))

@@ -16,6 +16,7 @@ declare -A groups=(
   [peers]="liger-kernel==0.8.5 trl==1.16.0"
 )
 pip="${KD_PYTHON:-python3} -m pip"
+[ $# -gt 0 ] || rm -rf "$folder" # two versions of a package could not be installed
 mkdir -p "$folder"
 for group in "${@:-kd arrow kernels peers}"; do
   for name in $group; do

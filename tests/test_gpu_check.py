@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import textwrap
+import zipfile
 from pathlib import Path
 
 import gpu_report
@@ -160,9 +161,11 @@ def test_wheels_that_a_machine_lacks(tmp_path):
         "not_a_package_of_this_name-1.0-py3-none-any.whl",
     ]
     for name in names:
-        (tmp_path / name).touch()
-    lacking = [path.name for path in gpu_report.lacking(tmp_path)]
-    assert lacking == [names[3], names[1]]
+        with zipfile.ZipFile(tmp_path / name, "w") as wheel:
+            wheel.writestr(f"{name}.py", "")
+    gpu_report.unpack(tmp_path, tmp_path / "site")
+    unpacked = {path.stem for path in (tmp_path / "site").iterdir()}
+    assert unpacked == {names[3], names[1]}
 
 
 def test_peers_that_a_folder_lacks(tmp_path):

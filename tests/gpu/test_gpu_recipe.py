@@ -22,6 +22,7 @@ from kd.rollout.engine import Sampling
 from kd.rollout.hf import HFEngine, HFEngineConfig
 from recipes.vlm_kd import VlmKD
 from tests.conftest import metrics
+from tests.gpu.test_gpu_attention import plain_torch
 from tests.model.families import write
 from tests.test_profile import PARTS, table
 
@@ -74,7 +75,9 @@ def run(train: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
     def start(family: str, name: str, *more: str) -> Path:
         folder = tmp_path / family
         folder.mkdir(exist_ok=True)
-        return train("qwen_vl_kd", name, *overrides(folder, family), *more, fast=False)
+        options = [*overrides(folder, family), *more]
+        with plain_torch() if "parallel.device=cpu" in more else contextlib.nullcontext():
+            return train("qwen_vl_kd", name, *options, fast=False)
 
     return start
 
