@@ -11,6 +11,7 @@ import logging
 import types
 from collections.abc import Callable
 from enum import Enum
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,11 @@ CPU_BLOCK_BYTES = 2 * 2**20
 """Logits per thread that are worked on at a time: they stay in the cache between sweeps."""
 
 EAGER_BLOCK_ROWS = 128
-"""Rows per block in eager mode on a GPU, which bounds the temporaries."""
+"""Rows per block on a GPU where there are temporaries, which this bounds."""
+
+COMPILED_IN_PLACE = torch.__version__ >= (2, 15)
+"""Whether compiled code may write the gradient over the logits: that of torch 2.11 reads them again
+afterwards, and losses are wrong by per cents. Versions between the two have not been tried."""
 
 GPU_OPTIONS = {
     "realize_opcount_threshold": 256,
@@ -113,35 +118,54 @@ def use_compile(policy: CompilePolicy, device: torch.device, vocab: int) -> bool
 
 def run_eagerly(chunk: Chunk, loss: DenseLoss) -> tuple[Tensor, Tensor]:
     """(kd_C, ce_C) of a chunk; the gradient of their mix goes to its `dlogits_CV`."""
-    return _by_blocks(dense_chunk, chunk, loss, compiled=False)
+    return _by_blocks(dense_chunk, chunk, loss, whole=False)
 
 
 def run_compiled(chunk: Chunk, loss: DenseLoss) -> tuple[Tensor, Tensor]:
     """The same, by a function that is compiled once for the loss and the layout of the chunk."""
-    return _by_blocks(_compiled_for(loss, chunk), chunk, loss, compiled=True)
+    if chunk[3] is chunk[0] and not COMPILED_IN_PLACE:
+        return _by_blocks(_run_apart, chunk, loss, whole=False)
+    return _by_blocks(_run_block, chunk, loss, whole=True)
+
+
+def _run_block(*block: Any) -> tuple[Tensor, Tensor]:
+    """A block through the function that is compiled for it."""
+    *chunk, loss = block
+    for x in chunk:
+        if x is not None:
+            torch._dynamo.maybe_mark_dynamic(x, 0)
+    layout = [None if x is None else (x.shape[1:], x.dtype, x.device) for x in chunk]
+    function = _compiled(loss, chunk[0].device.type, *layout, chunk[0] is chunk[3])
+    return function(*chunk, loss)
+
+
+def _run_apart(logits_CV: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """The same with memory of its own for a gradient that is to replace the logits."""
+    teacher_CK, labels_C, _, loss = rest
+    dlogits_CV = torch.empty_like(logits_CV)
+    losses = _run_block(logits_CV, teacher_CK, labels_C, dlogits_CV, loss)
+    logits_CV.copy_(dlogits_CV)
+    return losses
 
 
 def _by_blocks(
-    function: Callable[..., tuple[Tensor, Tensor]], chunk: Chunk, loss: DenseLoss, *, compiled: bool
+    function: Callable[..., tuple[Tensor, Tensor]], chunk: Chunk, loss: DenseLoss, *, whole: bool
 ) -> tuple[Tensor, Tensor]:
     logits_CV, _, labels_C, _ = chunk
     kd_C, ce_C = logits_CV.new_empty(2, len(labels_C))
-    for block in balanced_chunks(len(labels_C), _block_rows(logits_CV, compiled)):
-        part = _take(block, chunk)
-        if compiled:
-            _mark_rows_dynamic(part)
-        kd_C[block], ce_C[block] = function(*part, loss)
+    for block in balanced_chunks(len(labels_C), _block_rows(logits_CV, whole)):
+        kd_C[block], ce_C[block] = function(*_take(block, chunk), loss)
     return kd_C, ce_C
 
 
-def _block_rows(logits_CV: Tensor, compiled: bool) -> int:
-    """Rows that `dense_chunk` gets at a time.
+def _block_rows(logits_CV: Tensor, whole: bool) -> int:
+    """Rows that `dense_chunk` gets at a time, on a GPU all with `whole`.
 
     It sweeps over them several times. On a CPU they should stay in the cache meanwhile, which is
-    worth a factor of 2 to 3; in eager mode the bound also holds down the temporaries.
+    worth a factor of 2 to 3; where not all can be had, the bound also holds down the temporaries.
     """
     if logits_CV.device.type != "cpu":
-        return len(logits_CV) if compiled else EAGER_BLOCK_ROWS
+        return len(logits_CV) if whole else EAGER_BLOCK_ROWS
     row_bytes = logits_CV.shape[1] * logits_CV.element_size()
     return max(1, CPU_BLOCK_BYTES // row_bytes) * torch.get_num_threads()
 
@@ -158,14 +182,3 @@ def _take(block: slice, chunk: Chunk) -> Chunk:
         dlogits_CV = rows_CV if dlogits_CV is logits_CV else dlogits_CV[block]
     teacher_CK = None if teacher_CK is None else teacher_CK[block]
     return rows_CV, teacher_CK, labels_C[block], dlogits_CV
-
-
-def _mark_rows_dynamic(tensors: Chunk) -> None:
-    for x in tensors:
-        if x is not None:
-            torch._dynamo.maybe_mark_dynamic(x, 0)
-
-
-def _compiled_for(loss: DenseLoss, tensors: Chunk) -> Callable[..., tuple[Tensor, Tensor]]:
-    layout = [None if x is None else (x.shape[1:], x.dtype, x.device) for x in tensors]
-    return _compiled(loss, tensors[0].device.type, *layout, tensors[0] is tensors[3])

@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kd import objective_compile
 from kd.loss import ForwardKLConfig, JSDConfig, LossConfig, Objective, ReverseKLConfig
 from kd.loss.divergences import forward_kl, generalized_jsd, reverse_kl
 from kd.objective import CompilePolicy, KDOutput, fused_linear_kd
@@ -293,9 +294,11 @@ def test_no_host_sync(name):
     assert counter.count == 1
 
 
+@pytest.mark.parametrize("in_place", sorted({False, objective_compile.COMPILED_IN_PLACE}))
 @pytest.mark.parametrize("name", OPTIONS)
-def test_compiled_equals_eager(name):
+def test_compiled_equals_eager(name, in_place, monkeypatch):
     """With numbers of rows that change from batch to batch, and one and none of them."""
+    monkeypatch.setattr(objective_compile, "COMPILED_IN_PLACE", in_place)
     for rows in (6, 9, 1, 0, 4):
         case = make_case(rows=rows, vocab=40, teacher_vocab=36, dtype=torch.float32)
         always, never = (
