@@ -101,6 +101,12 @@ def ours(case: Case, args: argparse.Namespace) -> Step:
     return lambda: backward(case, fused_linear_kd(*case, divergence=args.divergence).loss)
 
 
+def ours_triton(case: Case, args: argparse.Namespace) -> Step:
+    assert args.device == "cuda", "Triton: on a GPU only"
+    options = {"divergence": args.divergence, "kernel": "triton"}
+    return lambda: backward(case, fused_linear_kd(*case, **options).loss)
+
+
 def naive_divergence(logits: Tensor, teacher: Tensor, name: str) -> Tensor:
     logq, logp = logits.log_softmax(-1), teacher.log_softmax(-1)
     if name == "forward_kl":
@@ -184,6 +190,7 @@ def trl(case: Case, args: argparse.Namespace) -> Step:
 VARIANTS = {
     "floor: 4 GEMMs": floor,
     "ours": ours,
+    "ours, kernel=triton": ours_triton,
     "naive": naive,
     "NeMo KDLoss + CE": nemo,
     "Liger compiled": liger,
@@ -191,7 +198,7 @@ VARIANTS = {
     "Liger eager": liger_eager,
     "TRL Triton (KD only)": trl,
 }
-OWN = ("floor: 4 GEMMs", "ours", "naive")
+OWN = ("floor: 4 GEMMs", "ours", "ours, kernel=triton", "naive")
 
 
 def status_mib(key: str) -> float:

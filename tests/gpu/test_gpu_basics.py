@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kd.objective_dense import compile_problem
+from kd.objective_compile import compile_problem
 from kd.objective_loop import _gemm
 
 SHAPES = {"cuda": (1024, 4096, 2560), "cpu": (24, 40, 16)}

@@ -12,7 +12,7 @@ import bench_objective
 import pytest
 import torch
 
-OURS, FLOOR = "ours", "floor: 4 GEMMs"
+OURS, TRITON, FLOOR = "ours", "ours, kernel=triton", "floor: 4 GEMMs"
 PEERS = ("TRL Triton (KD only)", "Liger compiled")
 AT_ONCE, AIM = 1.6, 1.15
 """Times the floor."""
@@ -39,7 +39,7 @@ def measured(args: argparse.Namespace, found) -> dict:
     try:
         result = bench_objective.measure(args)
     except Exception as error:  # a peer's, on a card that it has not met
-        if args.only in (OURS, FLOOR):
+        if args.only in (OURS, TRITON, FLOOR):
             raise
         result = {"skipped": f"{type(error).__name__}: {error}"}
     said = result.get("skipped")
@@ -60,6 +60,10 @@ def test_large(device, found):
     ratios = {name: result["median_s"] / floor_s for name, result in results.items()}
     peak_gb = results["forward_kl"]["peak_mib"] * 2**20 / 1e9
     found("ours / floor", {name: round(ratio, 3) for name, ratio in ratios.items()})
+    if device == "cuda":
+        pair = {name: measured(arguments(device, rows, TRITON, name), found) for name in LOSSES}
+        shares = {name: result["median_s"] / floor_s for name, result in pair.items()}
+        found("kernel=triton / floor", {name: round(share, 3) for name, share in shares.items()})
     for peer in PEERS if device == "cuda" else []:
         for name in ("forward_kl", "jsd"):
             measured(arguments(device, rows, peer, name), found)
@@ -73,5 +77,5 @@ def test_large(device, found):
 @pytest.mark.gpu
 def test_small(cuda, found):
     """Few targets, where the head's gradient is most of the traffic."""
-    for name in (FLOOR, OURS, *PEERS):
+    for name in (FLOOR, OURS, TRITON, *PEERS):
         measured(arguments(cuda, 200, name, "forward_kl"), found)

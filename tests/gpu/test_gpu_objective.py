@@ -14,13 +14,12 @@ from torch import Tensor
 
 from kd.loss import ForwardKLConfig, JSDConfig, ReverseKLConfig
 from kd.loss.config import LossConfig
-from kd.objective import CompilePolicy
+from kd.objective import Kernel
 from kd.types import DenseTargets
 from tests.gpu.test_gpu_basics import relative
 from tests.test_objective import divergence_of
 
 LOSSES = {"forward_kl": ForwardKLConfig, "reverse_kl": ReverseKLConfig, "jsd": JSDConfig}
-KERNELS = {"compiled": CompilePolicy.always, "eager": CompilePolicy.never}
 TEMPERATURE, KD_RATIO = 2.0, 0.3
 
 
@@ -89,30 +88,35 @@ def reference(case: Case, divergence: str) -> tuple[Tensor, list[Tensor]]:
     return loss.detach(), list(torch.autograd.grad(loss, leaves))
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", Kernel)
 def test_against_float64(device, found, kernel):
+    if kernel is Kernel.triton and device == "cpu":
+        pytest.skip("in Triton's interpreter: tests/loss/test_triton.py")
     case, sizes = make_case(device), SIZES[device]
     # Compiling takes most of the time on a CPU: one loss there.
     for divergence in LOSSES if device == "cuda" else ["jsd"]:
         options = {"temperature": TEMPERATURE, "chunk_mib": sizes.chunk_mib}
-        config = LOSSES[divergence](**options, compile=KERNELS[kernel])
+        config = LOSSES[divergence](**options, kernel=kernel)
         loss = loss_of(case, config)
         grads = torch.autograd.grad(loss, [case.hidden_ND, case.weight_VD])
         wanted, wanted_grads = reference(case, divergence)
         error = relative(loss.detach(), wanted)
         errors = [relative(*pair) for pair in zip(grads, wanted_grads, strict=True)]
-        found(f"{divergence} {kernel}: loss, hidden, head", [f"{x:.1e}" for x in (error, *errors)])
+        found(
+            f"{divergence} {kernel.value}: loss, hidden, head",
+            [f"{x:.1e}" for x in (error, *errors)],
+        )
         assert error < 1e-5, divergence
         assert max(errors) < 5e-3, divergence
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", Kernel)
 def test_no_host_sync(cuda, found, kernel):
     """The second time: compiling may wait for the device."""
     case = make_case(cuda)
     for divergence, make in LOSSES.items():
-        config = make(temperature=TEMPERATURE, chunk_mib=64, compile=KERNELS[kernel])
+        config = make(temperature=TEMPERATURE, chunk_mib=64, kernel=kernel)
         loss_of(case, config).backward()
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
@@ -120,4 +124,4 @@ def test_no_host_sync(cuda, found, kernel):
             loss_of(case, config).backward()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        found(f"{divergence} {kernel}", "none")
+        found(f"{divergence} {kernel.value}", "none")
