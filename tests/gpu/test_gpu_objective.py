@@ -14,13 +14,18 @@ from torch import Tensor
 
 from kd.loss import ForwardKLConfig, JSDConfig, ReverseKLConfig
 from kd.loss.config import LossConfig
-from kd.objective import Kernel
+from kd.objective import CompilePolicy, Kernel
 from kd.types import DenseTargets
 from tests.gpu.test_gpu_basics import relative
 from tests.test_objective import divergence_of
 
 LOSSES = {"forward_kl": ForwardKLConfig, "reverse_kl": ReverseKLConfig, "jsd": JSDConfig}
 TEMPERATURE, KD_RATIO = 2.0, 0.3
+
+
+def policy(kernel: Kernel) -> CompilePolicy:
+    """So that what does not compile fails."""
+    return CompilePolicy.always if kernel is Kernel.compiled else CompilePolicy.never
 
 
 @dataclass(frozen=True)
@@ -96,7 +101,7 @@ def test_against_float64(device, found, kernel):
     # Compiling takes most of the time on a CPU: one loss there.
     for divergence in LOSSES if device == "cuda" else ["jsd"]:
         options = {"temperature": TEMPERATURE, "chunk_mib": sizes.chunk_mib}
-        config = LOSSES[divergence](**options, kernel=kernel)
+        config = LOSSES[divergence](**options, kernel=kernel, compile=policy(kernel))
         loss = loss_of(case, config)
         grads = torch.autograd.grad(loss, [case.hidden_ND, case.weight_VD])
         wanted, wanted_grads = reference(case, divergence)
@@ -116,7 +121,7 @@ def test_no_host_sync(cuda, found, kernel):
     """The second time: compiling may wait for the device."""
     case = make_case(cuda)
     for divergence, make in LOSSES.items():
-        config = make(temperature=TEMPERATURE, chunk_mib=64, kernel=kernel)
+        config = make(temperature=TEMPERATURE, chunk_mib=64, kernel=kernel, compile=policy(kernel))
         loss_of(case, config).backward()
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
