@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import ProcessorMixin
 
 from kd.data import Collator, Renderer, Rows, ranges_of
-from kd.model import Student
+from kd.model import VLM, Kernels, Student
 from kd.parallel import World
 from kd.teacher import BaseTeacher, NoTeacher
 from kd.types import Batch, Rejected, Sample, TeacherTargets
@@ -83,9 +83,12 @@ class Doctor:
 
     def __call__(self) -> list[Check]:
         """All checks, in the order in which one may explain the next. Randomness is left alone."""
+        kernels = check_kernels([self.student, self.teacher.vlm], self.world.device.type)
+        if any(check.result is Result.failed for check in kernels):
+            return kernels
         found = [(n, check) for n, batch in self.batches.items() for check in self._texts(batch)]
         if any(check.result is Result.failed for _, check in found):
-            return self._lines(found)
+            return kernels + self._lines(found)
         self.student.eval()
         try:
             for name, batch in self.batches.items():
@@ -93,7 +96,7 @@ class Doctor:
                     found += [(name, self._self_divergence(batch)), (name, self._sight(batch))]
         finally:
             self.student.train()
-        return self._lines(found)
+        return kernels + self._lines(found)
 
     def _lines(self, found: list[tuple[str, Check]]) -> list[Check]:
         """One for each check: its worst result, and in which data sets unless it is all."""
@@ -218,6 +221,24 @@ class Doctor:
         """Of the student on the rows, images and all, from these targets, [N]."""
         with torch.no_grad():
             return self.student.distill(batch.to(self.world.device), targets, 1, None).kd_N
+
+
+def check_kernels(models: list[VLM | None], device_type: str) -> list[Check]:
+    """On a GPU, a line for each model whose layers can run as kernels: whether they do."""
+    if device_type != "cuda":
+        return []
+    checks = []
+    for model in models:
+        if model is None or model.kernels == Kernels():
+            continue
+        name, kernels = f"fused layers ({model.role})", model.kernels
+        if not kernels.missing:
+            checks.append(Check(name, Result.passed, f"by {', '.join(sorted(kernels.fused))}"))
+            continue
+        result = Result.failed if kernels.recurs_in_torch else Result.warning
+        fix = f"{kernels.fix}, or go on without: doctor=never"
+        checks.append(Check(name, result, f"its {kernels.finding}", fix))
+    return checks
 
 
 def report(checks: list[Check], world: World) -> None:

@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-from kd.activations import kept_bytes
+from kd.activations import kept_bytes, torch_note
 from kd.config import VlmKDConfig
 from kd.model import FrozenVLM, Student
 from kd.objective_loop import default_budget_mib
@@ -102,11 +102,16 @@ def make_plan(config: VlmKDConfig) -> Plan:
     return footprint(config, *measure(config))
 
 
-def measure(config: VlmKDConfig) -> tuple[Sizes, Sizes | None]:
-    """The student, and the teacher if it is on the same ranks."""
+def measure(
+    config: VlmKDConfig, *, with_kernels: bool = False
+) -> tuple[Sizes, Sizes | None]:
+    """The student, and the teacher if it is on the same ranks.
+
+    Activations as on this machine, or as where the kernels of linear attention are installed.
+    """
     with pretend_ranks(config.parallel) as world:
         model = config.student.meta_model()
-        kept = _kept(config, model)
+        kept = _kept(config, model, with_kernels)
         student = Student(model, config.loss.build(config.kd_ratio))
         student.freeze(config.student.freeze)
         student.adapt(config.student.lora, config.run.seed)
@@ -166,10 +171,11 @@ def footprint(config: VlmKDConfig, student: Sizes, teacher: Sizes | None) -> Pla
     return plan
 
 
-def _kept(config: VlmKDConfig, model: PreTrainedModel) -> tuple[int, int]:
+def _kept(config: VlmKDConfig, model: PreTrainedModel, with_kernels: bool) -> tuple[int, int]:
     itemsize = DTYPES[config.parallel.compute_dtype].itemsize
     plain, checkpoints = (
-        kept_bytes(model, 1, itemsize, checkpointing=some) for some in (False, True)
+        kept_bytes(model, 1, itemsize, checkpointing=some, with_kernels=with_kernels)
+        for some in (False, True)
     )
     return plain, checkpoints
 
@@ -246,3 +252,6 @@ def print_plan(config: VlmKDConfig) -> None:
         "Checked: every config key and combination, both architectures, sharding, optimizer and "
         "loss. Not checked: that weights, processors and data can be reached."
     )
+    note = torch_note(config.student.meta_model(), config.data.max_length)
+    if note:
+        console.print(note)

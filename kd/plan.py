@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
+from kd.activations import torch_note
 from kd.config import VlmKDConfig, register, typed_object, validate
 from kd.config_dflash import register_dflash
 from kd.flops import Row, Work
@@ -92,8 +93,17 @@ def largest_micro_batch(plan: Callable[[int], Plan], room: float, most: int) -> 
 class Planner:
     """Plans of one config for GPUs of one size."""
 
-    def __init__(self, config: VlmKDConfig, room: float, row: Row, tflops: float) -> None:
+    def __init__(
+        self,
+        config: VlmKDConfig,
+        room: float,
+        row: Row,
+        tflops: float,
+        *,
+        with_kernels: bool,
+    ) -> None:
         self.config, self.room, self.row, self.tflops = config, room, row, tflops
+        self.with_kernels = with_kernels
         self.operations = operations(config, row)
         self.chunk_mib = config.loss.chunk_mib or default_budget_mib(torch.device("cuda"))
         self.checkpoints = config.parallel.activation_checkpointing
@@ -103,7 +113,7 @@ class Planner:
         config = copy.deepcopy(self.config)
         config.parallel.nproc = gpus
         config.loss.chunk_mib = self.chunk_mib
-        sizes = measure(config)
+        sizes = measure(config, with_kernels=self.with_kernels)
         most = -(-rows_per_step(config) // gpus)
         found: list[tuple[Rung, int]] = []
         for rung in rungs(config, *sizes):
@@ -194,6 +204,11 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--row-tokens", type=int, help="of a row on average; data.max_length")
     made.add_argument("--image-tokens", type=int, default=0, help="of them, of images")
     made.add_argument("--response-tokens", type=int, help="of them, trained on; all")
+    made.add_argument(
+        "--with-kernels",
+        action="store_true",
+        help="activations as where the kernels of linear attention are installed",
+    )
     made.add_argument("overrides", nargs="*")
     return made
 
@@ -214,7 +229,8 @@ def plan(args: argparse.Namespace) -> None:
         raise UserError("--gpus of 1 or more, --gpu-gib above --reserve-gib, --tflops above 0")
     tokens = args.row_tokens or config.data.max_length
     row = Row(tokens, args.image_tokens, args.response_tokens or tokens)
-    planner = Planner(config, (args.gpu_gib - args.reserve_gib) * GIB, row, args.tflops)
+    room = (args.gpu_gib - args.reserve_gib) * GIB
+    planner = Planner(config, room, row, args.tflops, with_kernels=args.with_kernels)
     console = Console(width=None if Console().is_terminal else 100)
     console.print(
         f"{config.run.name}: {rows_per_step(config)} rows in a step, of {row.tokens} tokens: "
@@ -227,6 +243,9 @@ def plan(args: argparse.Namespace) -> None:
         f"Seconds are those at {args.tflops:g} TFLOP/s on every GPU, without waiting for data, for "
         "other ranks or for responses."
     )
+    note = torch_note(config.student.meta_model(), config.data.max_length)
+    if note and not args.with_kernels:
+        console.print(f"{note}; --with-kernels plans for a machine that has them.")
 
 
 def main() -> None:

@@ -33,6 +33,7 @@ class Target(FrozenVLM):
     """A frozen VLM with taps. `embed_key`, `lm_head_key` name weights that are not found."""
 
     forward_methods = (*FrozenVLM.forward_methods, "states", "beside", "embed", "logits", "read")
+    role = "target"
 
     def __init__(
         self,

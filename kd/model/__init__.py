@@ -10,6 +10,7 @@ from kd.model.compare import (
     tokenizer_digest,
 )
 from kd.model.export import export, gather
+from kd.model.kernels import Kernels, layer_functions
 from kd.model.lora import LoRAConfig
 from kd.model.packing import Reader, check_packing
 from kd.model.processor import ProcessorConfig, check_images
@@ -27,6 +28,7 @@ __all__ = [
     "ALIGNMENTS",
     "VLM",
     "FrozenVLM",
+    "Kernels",
     "LoRAConfig",
     "ModelConfig",
     "Pairing",
@@ -44,6 +46,7 @@ __all__ = [
     "cut",
     "export",
     "gather",
+    "layer_functions",
     "pair",
     "rendering_digest",
     "same_rendering",

@@ -26,6 +26,26 @@ ROUNDING = 3.0
 """Times what padding changes, which is none either."""
 
 
+def packed_inputs(
+    model: PreTrainedModel, inputs: Inputs, *, bounds_rows: bool
+) -> dict[str, Tensor]:
+    """Where packed rows begin, as keyword arguments of the model's forward.
+
+    Positions for attention; for the kernels of a recurrence (`cu_seq_lens_q` [rows + 1]) and of a
+    convolution (`seq_idx` [1, S]) what transformers hands on to them, if the model's layers
+    `bounds_rows`. Without the kernels these are ignored or an error, by the version.
+    """
+    assert inputs.lengths is not None
+    positions = {"position_ids": row_positions(model, inputs)}
+    if not bounds_rows:
+        return positions
+    lengths = torch.tensor(inputs.lengths, dtype=torch.int32)
+    ends = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+    rows_1S = torch.arange(len(lengths), dtype=torch.int32).repeat_interleave(lengths)[None]
+    device = inputs.input_ids_BS.device
+    return {**positions, "cu_seq_lens_q": ends.to(device), "seq_idx": rows_1S.to(device)}
+
+
 def row_positions(model: PreTrainedModel, inputs: Inputs) -> Tensor:
     """Positions of packed rows, from 0 in each: [1, S], or [4, 1, S] for models with M-RoPE.
 

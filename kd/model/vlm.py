@@ -20,11 +20,12 @@ from transformers import (
     PreTrainedModel,
 )
 
+from kd.model.kernels import Kernels, check_kernels
 from kd.model.lora import Adapters, LoRAConfig
-from kd.model.packing import row_positions
+from kd.model.packing import packed_inputs
 from kd.model.parts import find_part
 from kd.objective import KDOutput
-from kd.parallel import ParallelConfig, World, compile_blocks, needs_fsdp, shard
+from kd.parallel import ParallelConfig, World, blocks, compile_blocks, needs_fsdp, shard
 from kd.types import Batch, DenseTargets, Inputs, TeacherTargets, UserError
 
 Objective = Callable[
@@ -36,11 +37,14 @@ class VLM(nn.Module):
     """A frozen or trainable `AutoModelForImageTextToText` model."""
 
     forward_methods = ("generate", "targets")
+    role = "model"
+    """What messages call it."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         _check_head(model)
         self.model = model
+        self.kernels = Kernels.of(model)
         self.adapters = Adapters()
         self.lockstep = False
         self._gathered = False
@@ -55,17 +59,23 @@ class VLM(nn.Module):
             register_fsdp_forward_method(self, method)
 
     def place(self, world: World, config: ParallelConfig, *, cpu_offload: bool = False) -> None:
-        """Move to the device; and `distribute`, unless that would do no more than copy weights."""
+        """Move to the device; and `distribute`, unless that would do no more than copy weights.
+
+        Raises UserError where `parallel.compile` makes no sense for this model, here.
+        """
+        check_kernels(self.kernels, self.role, world, compiled=config.compile)
         if needs_fsdp(self.model, world, config, cpu_offload=cpu_offload):
             self.distribute(world, config, cpu_offload=cpu_offload)
             return
-        compile_blocks(self.model, config)
+        compile_blocks(blocks(self.model.get_decoder()), config)
         self.to(world.device)
 
     def _hidden(self, inputs: Inputs) -> Tensor:
         """The last hidden states [N, D] of the target rows; no logits are computed."""
-        positions = {"position_ids": row_positions(self.model, inputs)} if inputs.lengths else {}
-        outputs = self.model.base_model(**inputs.model_inputs(), **positions, use_cache=False)
+        packed = {}
+        if inputs.lengths:
+            packed = packed_inputs(self.model, inputs, bounds_rows=self.kernels.bounds_rows)
+        outputs = self.model.base_model(**inputs.model_inputs(), **packed, use_cache=False)
         return outputs.last_hidden_state.flatten(0, 1)[inputs.target_rows_N]
 
     @torch.no_grad()
@@ -207,6 +217,7 @@ class Student(VLM):
     """The model that is trained."""
 
     forward_methods = ("generate", "targets", "distill")
+    role = "student"
 
     def __init__(self, model: PreTrainedModel, objective: Objective) -> None:
         super().__init__(model)
@@ -257,6 +268,8 @@ class Student(VLM):
 
 class FrozenVLM(VLM):
     """A teacher on the same ranks as the student."""
+
+    role = "teacher"
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)

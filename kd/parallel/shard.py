@@ -7,8 +7,6 @@ from the start of the forward to the end of the backward, so the loss can read i
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
@@ -22,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from kd.parallel.compile import compile_blocks
 from kd.parallel.world import DTYPES, ParallelConfig, World
 
 
@@ -59,7 +58,7 @@ def shard(
     )
     offload = offload_policy(world, cpu_offload)
     groups = blocks(model)
-    compile_blocks(model, config)
+    compile_blocks(blocks(model.get_decoder()), config)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if embedding.weight is not head.weight:
         groups.append(embedding)
@@ -90,22 +89,3 @@ def offload_policy(world: World, cpu_offload: bool) -> OffloadPolicy:
 def local(parameter: Tensor) -> Tensor:
     """The part of this rank."""
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
-
-
-def compile_blocks(model: PreTrainedModel, config: ParallelConfig) -> None:
-    """Those of the language model, if the config asks for it."""
-    if config.compile:
-        for block in blocks(model.get_decoder()):
-            _compile(block)
-
-
-def _compile(block: nn.Module) -> None:
-    """Its forward alone: FSDP2's hooks around it stay as they are."""
-    plain, compiled = block.forward, torch.compile(block.forward)
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        # Decoding would compile for every length, and caches are changed in place.
-        has_cache = kwargs.get("past_key_values") is not None
-        return (plain if has_cache else compiled)(*args, **kwargs)
-
-    block.forward = forward

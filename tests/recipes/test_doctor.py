@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,13 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from kd.config import VlmKDConfig, register, to_object, validate
 from kd.data import Rows
 from kd.data.mixture import MixedRows
-from kd.doctor import ROWS_READ, Check, Doctor, Result, feature_token
+from kd.doctor import ROWS_READ, Check, Doctor, Result, check_kernels, feature_token
+from kd.model import FrozenVLM
 from kd.run import config_dir
 from kd.types import Sample, UserError
 from recipes.vlm_kd import VlmKD
 from tests.model.families import FAMILIES, write
+from tests.model.kernels import with_kernels, without_kernels
 
 
 @pytest.fixture(scope="module")
@@ -211,3 +214,41 @@ def test_each_data_set_is_told_of_where_several_are_wrong(recipe):
     )
     sights = checks_of(made, rows)["image tokens"]
     assert (sights.result, sights.finding) == (Result.skipped, f"no image in {ROWS_READ} rows")
+
+
+HYBRID = (
+    "student.architecture.text_config.layer_types="
+    "[linear_attention,full_attention,full_attention]"
+)
+
+
+def test_linear_attention_without_its_kernels_is_refused_on_a_gpu(recipe, monkeypatch, capsys):
+    """The device is one in name only: the run is refused before anything is computed."""
+    without_kernels(monkeypatch)
+    made = recipe(HYBRID)
+    assert "fused layers (student)" not in checks_of(made), "on a CPU nothing is asked"
+    made.world = replace(made.world, device=torch.device("cuda"))
+    with pytest.raises(UserError) as error:
+        made.examine()
+    assert str(error.value) == (
+        "doctor: fused layers (student): its linear attention runs in plain PyTorch: no "
+        "flash-linear-attention and no causal-conv1d is installed\n"
+        "pip install flash-linear-attention causal-conv1d, or go on without: doctor=never"
+    )
+
+
+def test_layers_with_and_without_kernels(monkeypatch):
+    """By stand-ins for the kernels; a convolution without its own is no more than slower."""
+    without_kernels(monkeypatch)
+    plain, short, full = (
+        FrozenVLM(AutoModelForImageTextToText.from_config(FAMILIES[name]()[0]))
+        for name in ("qwen3_5_hybrid", "lfm2_vl", "qwen3_vl")
+    )
+    with_kernels(monkeypatch)
+    fused = FrozenVLM(plain.model)
+    checks = check_kernels([plain, short, full, None, fused], "cuda")
+    assert [check.result for check in checks] == [Result.failed, Result.warning, Result.passed]
+    assert {check.name for check in checks} == {"fused layers (teacher)"}
+    assert checks[1].finding.startswith("its short convolutions run in plain PyTorch: no causal-")
+    assert checks[2].finding == "by causal_conv1d, fla"
+    assert check_kernels([plain, short], "cpu") == []
