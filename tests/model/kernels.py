@@ -90,7 +90,8 @@ def _delta_rule(bounds_rows: bool) -> Callable[..., Any]:
         options = {"use_qk_l2norm_in_kernel": use_qk_l2norm_in_kernel}
         if cu_seqlens is None or not bounds_rows:
             options |= {"initial_state": initial_state, "output_final_state": output_final_state}
-            return plain(*inputs, **options)
+            out, state = plain(*inputs, **options)
+            return out.contiguous(), state
         rows = [
             plain(*(x[:, start:end] for x in inputs), **options)[0]
             for start, end in itertools.pairwise(cu_seqlens.tolist())
