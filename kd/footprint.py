@@ -102,9 +102,7 @@ def make_plan(config: VlmKDConfig) -> Plan:
     return footprint(config, *measure(config))
 
 
-def measure(
-    config: VlmKDConfig, *, with_kernels: bool = False
-) -> tuple[Sizes, Sizes | None]:
+def measure(config: VlmKDConfig, *, with_kernels: bool = False) -> tuple[Sizes, Sizes | None]:
     """The student, and the teacher if it is on the same ranks.
 
     Activations as on this machine, or as where the kernels of linear attention are installed.

@@ -13,6 +13,7 @@ from transformers import AutoModelForImageTextToText
 from kd import plan
 from kd.flops import Row, Work
 from tests.model.families import FAMILIES
+from tests.model.kernels import without_kernels
 
 
 @pytest.mark.parametrize("family", ["qwen3_vl", "qwen3_5"])
@@ -40,11 +41,20 @@ def run(capsys, monkeypatch, *arguments: str) -> str:
 
 
 def test_a_large_model_on_gpus_of_two_sizes(capsys, monkeypatch):
-    printed = run(capsys, monkeypatch, "--config-name", "qwen_vl_kd", "--gpus", "1", "2")
+    large = ["--config-name", "qwen_vl_kd", "--gpus"]
+    printed = run(capsys, monkeypatch, *large, "1", "2", "--with-kernels")
     one, two = printed.split("2 GPU(s)")
     assert "suggested: parallel.nproc=1 train.micro_batch_size=2 " in one
     assert "parallel.sync_every_micro_batch=true teacher.offload=true" in one
     assert "suggested: parallel.nproc=2 train.micro_batch_size=8 loss.chunk_mib=" in two
+    assert "plain PyTorch" not in printed
+    # Without them rows take more, and it is said.
+    without_kernels(monkeypatch)
+    printed = run(capsys, monkeypatch, *large, "1")
+    assert "suggested: parallel.nproc=1 train.micro_batch_size=1 " in printed
+    assert "no flash-linear-attention and no causal-conv1d is installed, here." in printed
+    assert "It keeps 0.49 GiB more for a row in each such layer" in printed
+    assert "--with-kernels plans for a machine that has them" in printed
     monkeypatch.setattr(plan, "MOST_GPUS", 2)
     small = ["--gpus", "1", "--gpu-gib", "12"]
     printed = run(capsys, monkeypatch, "--config-name", "qwen_vl_kd", *small)

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch._dynamo.exc import FailOnRecompileLimitHit
-from transformers import PreTrainedModel
 
 from kd.parallel.world import ParallelConfig
 

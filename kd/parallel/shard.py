@@ -7,7 +7,6 @@ from the start of the forward to the end of the backward, so the loss can read i
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import (

@@ -143,9 +143,7 @@ def causal_conv1d_update(
     bias: Tensor | None = None,
     activation: str | None = None,
 ) -> Tensor:
-    return PLAIN[modeling_qwen3_5, "causal_conv1d_update"](
-        x, conv_state, weight, bias, activation
-    )
+    return PLAIN[modeling_qwen3_5, "causal_conv1d_update"](x, conv_state, weight, bias, activation)
 
 
 _recurrent, _update = fused_recurrent_gated_delta_rule, causal_conv1d_update

@@ -114,7 +114,8 @@ def packed_and_padded(family: str, tmp_path) -> tuple[FrozenVLM, Batch, Batch, l
     """A model in float64, rows in one sequence and padded, and what `check_packing` compares."""
     write(family, tmp_path / family)
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / family, dtype="float64")
-    collate = Collator(Renderer(AutoProcessor.from_pretrained(tmp_path / family)), None, 2048, False)
+    renderer = Renderer(AutoProcessor.from_pretrained(tmp_path / family))
+    collate = Collator(renderer, None, 2048, False)
     rows = collate.prepare(ROWS)
     two = rows[:1] + rows[2:]
     tried = [collate.batch(two[1:]), collate.batch(two), collate.batch(two, packed=True)]

@@ -217,8 +217,7 @@ def test_each_data_set_is_told_of_where_several_are_wrong(recipe):
 
 
 HYBRID = (
-    "student.architecture.text_config.layer_types="
-    "[linear_attention,full_attention,full_attention]"
+    "student.architecture.text_config.layer_types=[linear_attention,full_attention,full_attention]"
 )
 
 
