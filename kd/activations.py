@@ -16,6 +16,7 @@ from kd.parallel import blocks
 
 TOP_K = ("num_experts_per_tok", "moe_k")
 FLOAT32_BYTES = 4
+DELTA_RULE = "chunk_gated_delta_rule"
 
 
 def kept_bytes(
@@ -46,9 +47,6 @@ def kept_bytes(
 def kept_per_token(block: nn.Module, top_k: int, itemsize: int) -> int:
     """Bytes of one block, of whose experts a token sees `top_k`."""
     return sum(_kept_by(module, top_k, itemsize) for module in block.modules())
-
-
-DELTA_RULE = "chunk_gated_delta_rule"
 
 
 def kept_in_torch(block: nn.Module) -> int:

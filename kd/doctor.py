@@ -235,9 +235,11 @@ def check_kernels(models: list[VLM | None], device_type: str) -> list[Check]:
         if not kernels.missing:
             checks.append(Check(name, Result.passed, f"by {', '.join(sorted(kernels.fused))}"))
             continue
+        finding, fix = f"its {kernels.finding}", kernels.fix
+        if kernels.recurs_in_torch:
+            fix += ", or go on without: doctor=never"
         result = Result.failed if kernels.recurs_in_torch else Result.warning
-        fix = f"{kernels.fix}, or go on without: doctor=never"
-        checks.append(Check(name, result, f"its {kernels.finding}", fix))
+        checks.append(Check(name, result, finding, fix))
     return checks
 
 
