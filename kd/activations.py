@@ -7,6 +7,7 @@ transformers' gated delta rule in PyTorch keeps, where it is in the place of its
 from __future__ import annotations
 
 import inspect
+from typing import cast
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -78,7 +79,8 @@ def torch_note(model: PreTrainedModel, tokens: int) -> str | None:
 
 def _kept_by_chunks(module: nn.Module, chunk: int) -> int:
     """Per token: of each head, in float32."""
-    keys, values = module.head_k_dim, module.head_v_dim
+    sizes = module.num_v_heads, module.head_k_dim, module.head_v_dim
+    heads, keys, values = cast(tuple[int, int, int], sizes)
     # Queries and keys before and after they are normalised, keys by strength, those that the old
     # state is read with, and both by decay: 8. Values, the new ones, and those less what was known.
     vectors = 8 * keys + 3 * values
@@ -86,7 +88,7 @@ def _kept_by_chunks(module: nn.Module, chunk: int) -> int:
     matrices = 5 * chunk
     state = keys * values // chunk
     scalars = 6  # strength, two norms, three exponentials of the decay
-    return FLOAT32_BYTES * module.num_v_heads * (vectors + matrices + state + scalars)
+    return FLOAT32_BYTES * heads * (vectors + matrices + state + scalars)
 
 
 def _kept_by(module: nn.Module, top_k: int, itemsize: int) -> int:
