@@ -5,13 +5,14 @@
 random state, one with everything small, and a manifest with the size and CRC of every file. Frozen
 weights come from where the student comes from; only a sum of them is kept, to know them by. It is
 written under a temporary name, flushed to the disk, and renamed at last: a kill at any moment
-leaves the last whole checkpoint in place.
+leaves the last whole checkpoint in place. Training goes on meanwhile (`save_async`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import math
@@ -20,11 +21,11 @@ import random
 import shutil
 import warnings
 import zlib
-from collections.abc import Iterator
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -32,6 +33,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_state_dict,
@@ -45,6 +47,7 @@ from kd.parallel import World, local
 from kd.types import UserError
 
 log = logging.getLogger("kd")
+T = TypeVar("T")
 
 
 @dataclass
@@ -58,13 +61,6 @@ class Best:
 
 
 @dataclass
-class _Pending:
-    future: Future
-    step: int
-    best: Best | None
-
-
-@dataclass
 class CheckpointConfig:
     """Which checkpoints are kept and how they are written."""
 
@@ -74,7 +70,7 @@ class CheckpointConfig:
     """E.g. val/loss or val/accuracy: the checkpoint that is best by it is kept as well."""
     best_mode: str = "min"
     """min or max."""
-    save_async: bool = False
+    save_async: bool = True
     """Write in the background while training goes on; costs a copy in host memory."""
 
     def validate(self) -> None:
@@ -92,74 +88,108 @@ class Checkpoints:
         self.folder = folder
         self.world = world
         self.config = config
-        self._pending: _Pending | None = None
+        self._pending: Future[None] | None = None
+        self._thread = ThreadPoolExecutor(1, "checkpoint", initializer=self._use_device)
         # A gloo group of its own: a background save must not mix its collectives with training's.
-        self._group = dist.new_group(backend="gloo") if config.save_async else None
+        apart = config.save_async and world.size > 1
+        self._group = dist.new_group(backend="gloo") if apart else None
         self._best: Best | None = None
 
     # ---- writing -------------------------------------------------------------------------------
 
     def save(self, step: int, student: nn.Module, optimizer: Optimizer, small: dict) -> None:
-        """Write the state after `step`; `small` is JSON and the same on every rank.
+        """Write the state after `step`; `small` is JSON and the same on every rank. Collective.
 
-        Raises OSError where the disk refuses.
+        In the background if the config says so: then it waits for the save before, and for a copy.
+        Raises OSError, on all ranks, where the disk of one refuses, also during the save before.
         """
         self.finish()
-        partial = self._partial(step)
         state, frozen = _state(student, optimizer)
-        if self.world.is_main:
-            for leftover in self.folder.glob(".partial_*"):
-                shutil.rmtree(leftover)
-            (partial / "random").mkdir(parents=True)
-        self.world.barrier()
-        (partial / "random" / f"rank_{self.world.rank:05d}.json").write_text(random_state())
-        if self.world.is_main:
-            best = None if self._best is None else dataclasses.asdict(self._best)
-            small = {"step": step, "best": best, "frozen": frozen, **small}
-            (partial / "small.json").write_text(json.dumps(small, indent=1))
+        best = None if self._best is None else dataclasses.asdict(self._best)
+        text = json.dumps({"step": step, "best": best, "frozen": frozen, **small}, indent=1)
+        write = functools.partial(self._write, step, self._best, random_state(), text)
         if self.config.save_async:
-            future = dcp.async_save(
-                _own_copy(state), checkpoint_id=partial / "state", process_group=self._group
-            )
-            self._pending = _Pending(cast(Future, future), step, self._best)
+            self._pending = self._thread.submit(write, _host_copy(state))
         else:
-            with _plain_errors(), warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-                # One rank needs no collectives, whose thread slows later steps (see World.gather).
-                dcp.save(state, checkpoint_id=partial / "state", no_dist=self.world.size == 1)
-            self._commit(step, self._best)
+            write(state)
 
     def poll(self) -> None:
-        """Make a background save visible as soon as every rank has written its part."""
+        """See whether a background save has ended on every rank; raise what it has met."""
         if self._pending is not None:
-            (unfinished,) = self.world.sum_ints(not self._pending.future.done())
+            (unfinished,) = self.world.sum_ints(not self._pending.done())
             if not unfinished:
                 self.finish()
 
     def finish(self) -> None:
-        """Wait for a background save and make it visible."""
+        """Wait for a background save; raise what it has met."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
-            with _plain_errors():
-                pending.future.result()
-            self._commit(pending.step, pending.best)
+            pending.result()
 
-    def _commit(self, step: int, best: Best | None) -> None:
-        self.world.barrier()
-        partial = self._partial(step)
+    def close(self) -> None:
+        """Let a background save end. Of a run that fails otherwise, what it meets is a warning."""
+        try:
+            self.finish()
+        except Exception as error:
+            log.warning("the last checkpoint could not be written: %s", error)
+        self._thread.shutdown()
+
+    def _use_device(self) -> None:
+        """The current device is one per thread: without this, every rank would use GPU 0."""
+        if self.world.device.type == "cuda":
+            torch.cuda.set_device(self.world.device)
+
+    def _write(
+        self, step: int, best: Best | None, random: str, small: str, state: dict[str, Any]
+    ) -> None:
+        """From the first file to the removal of older checkpoints. Collective."""
+        partial, alone = self._partial(step), self.world.size == 1
+        self._on_all(lambda: self._begin(partial, small) if self.world.is_main else None)
+        mine = partial / "random" / f"rank_{self.world.rank:05d}.json"
+        self._on_all(lambda: mine.write_text(random))
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        with _plain_errors():
+            # One rank needs no collectives, whose thread slows later steps (see World.gather).
+            dcp.save(
+                state, checkpoint_id=partial / "state", process_group=self._group, no_dist=alone
+            )
+        sums = self._on_all(lambda: self._checksums(partial))
+        manifest = {name: s for rank in sums for name, s in rank.items()}
+        self._on_all(lambda: self._publish(step, manifest, best) if self.world.is_main else None)
+
+    def _on_all(self, work: Callable[[], T]) -> list[T]:
+        """What `work` gives on every rank; an error of one is raised on all. Collective."""
+        outcome: T | OSError
+        try:
+            outcome = work()
+        except OSError as error:
+            outcome = error
+        outcomes = self.world.gather(outcome, self._group)
+        for each in outcomes:
+            if isinstance(each, OSError):
+                raise each
+        return outcomes  # type: ignore[return-value]
+
+    def _begin(self, partial: Path, small: str) -> None:
+        for leftover in self.folder.glob(".partial_*"):
+            shutil.rmtree(leftover)
+        (partial / "random").mkdir(parents=True)
+        (partial / "small.json").write_text(small)
+
+    def _checksums(self, partial: Path) -> dict[str, list[int]]:
+        """Of this rank's share of the files: reading them all is work."""
         files = sorted(path for path in partial.rglob("*") if path.is_file())
-        mine = files[self.world.rank :: self.world.size]  # reading them all is work: shared
-        sums = {str(path.relative_to(partial)): _checksum(path) for path in mine}
-        manifest = {name: s for rank in self.world.gather(sums) for name, s in rank.items()}
-        if self.world.is_main:
-            write_atomic(partial / "manifest.json", json.dumps(manifest, indent=1))
-            final = self.path(step)
-            if final.exists():  # damaged, or it would have been resumed from
-                shutil.rmtree(final)
-            os.rename(partial, final)
-            _fsync(self.folder)
-            self._prune(step, best)
-        self.world.barrier()
+        mine = files[self.world.rank :: self.world.size]
+        return {str(path.relative_to(partial)): _checksum(path) for path in mine}
+
+    def _publish(self, step: int, manifest: dict[str, list[int]], best: Best | None) -> None:
+        partial, final = self._partial(step), self.path(step)
+        write_atomic(partial / "manifest.json", json.dumps(manifest, indent=1))
+        if final.exists():  # damaged, or it would have been resumed from
+            shutil.rmtree(final)
+        os.rename(partial, final)
+        _fsync(self.folder)
+        self._prune(step, best)
 
     def _prune(self, newest: int, best: Best | None) -> None:
         # Later steps are damaged ones that a resume has passed over: they keep nothing alive.
@@ -270,11 +300,15 @@ def _sum_of_bits(weights: list[Tensor]) -> int:
     return int(total)
 
 
-def _own_copy(state: Any) -> Any:
-    """Tensors that training will not change: what lies on a GPU is copied when it is staged."""
-    return torch.utils._pytree.tree_map(
-        lambda x: x.detach().clone() if isinstance(x, torch.Tensor) and x.is_cpu else x, state
-    )
+def _host_copy(state: dict[str, Any]) -> dict[str, Any]:
+    """Tensors in host memory that training will not change."""
+    stager = DefaultStager(StagingOptions(False, False, False, False))
+    try:
+        copy = stager.stage(state)
+    finally:
+        stager.close()
+    assert isinstance(copy, dict)
+    return copy
 
 
 # ---- manifest ----------------------------------------------------------------------------------

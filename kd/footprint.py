@@ -6,9 +6,9 @@ so the bytes of weights and optimizer are those of rank 0, exactly. Activations 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -23,7 +23,15 @@ from kd.activations import kept_bytes, torch_note
 from kd.config import VlmKDConfig
 from kd.model import FrozenVLM, Student
 from kd.objective_loop import default_budget_mib
-from kd.parallel import DTYPES, ParallelConfig, World, blocks, local
+from kd.parallel import (
+    DTYPES,
+    ParallelConfig,
+    Reduction,
+    World,
+    blocks,
+    choose_reduction,
+    local,
+)
 from kd.teacher import LocalTeacherConfig
 
 GIB = 2**30
@@ -81,11 +89,13 @@ class Plan:
 
 @contextmanager
 def pretend_ranks(parallel: ParallelConfig) -> Iterator[World]:
-    """Rank 0 of the ranks that a config asks for, in name only."""
+    """Rank 0 of the ranks that a config asks for, in name only; inside of a run, this rank."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     ranks, replicas = parallel.num_ranks(), parallel.dp_replicate
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    running = dist.is_initialized()
+    if not running:
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     try:
         shape, names = (replicas, ranks // replicas), ("dp_replicate", "dp_shard")
         if replicas == 1:
@@ -94,7 +104,8 @@ def pretend_ranks(parallel: ParallelConfig) -> Iterator[World]:
         # More than one rank would start by sending weights, and there are none.
         yield World(mesh, torch.device("meta"), rank=0, size=1)
     finally:
-        dist.destroy_process_group()
+        if not running:
+            dist.destroy_process_group()
 
 
 def make_plan(config: VlmKDConfig) -> Plan:
@@ -131,9 +142,10 @@ def footprint(config: VlmKDConfig, student: Sizes, teacher: Sizes | None) -> Pla
     """Of a config whose models and ranks have these sizes."""
     train, parallel = config.train, config.parallel
     compute_bytes = DTYPES[parallel.compute_dtype].itemsize
-    accumulates = train.grad_accum != 1 and not parallel.sync_every_micro_batch
-    accumulates &= student.gathered > 0  # FSDP2 keeps them beside the shards, and only there
-    unsharded = DTYPES[parallel.reduce_dtype].itemsize * student.whole.trained * accumulates
+    # FSDP2 keeps them beside the shards, and only there.
+    unsharded = DTYPES[parallel.reduce_dtype].itemsize * student.whole.trained
+    unsharded *= student.gathered > 0 and accumulates(config)
+    unsharded *= not reduction(config, lambda: (student, teacher)).every
     on_device = not parallel.cpu_offload
     checkpoints = parallel.activation_checkpointing
     kept = student.kept_by_checkpoints if checkpoints else student.kept_per_token
@@ -167,6 +179,25 @@ def footprint(config: VlmKDConfig, student: Sizes, teacher: Sizes | None) -> Pla
         plan.teacher_head = compute_bytes * teacher.whole.head
         plan.teacher_leaves = asked.offload
     return plan
+
+
+def accumulates(config: VlmKDConfig) -> bool:
+    """Whether an optimizer step may take several micro-batches."""
+    rows, micro_batches = config.train.micro_batch_size, config.train.grad_accum
+    return config.batching.accumulates(rows, micro_batches)
+
+
+def reduction(config: VlmKDConfig, measured: Callable[[], tuple[Sizes, Sizes | None]]) -> Reduction:
+    """When gradients are reduced; `measured` gives the sizes where the memory decides."""
+    once = replace(config, parallel=replace(config.parallel, sync_every_micro_batch=False))
+    return choose_reduction(config.parallel, lambda: footprint(once, *measured()).total)
+
+
+def sync_every_micro_batch(config: VlmKDConfig, world: World) -> bool:
+    """What `parallel.sync_every_micro_batch` comes to: the same on every rank. Collective."""
+    with torch.random.fork_rng(devices=[]):  # building a model to be measured draws nothing
+        chosen = reduction(config, lambda: measure(config))
+    return chosen.agreed(world, accumulates=accumulates(config))
 
 
 def _kept(config: VlmKDConfig, model: PreTrainedModel, with_kernels: bool) -> tuple[int, int]:

@@ -29,6 +29,7 @@ from kd.footprint import GIB, Plan, Sizes, footprint, measure, pretend_ranks
 from kd.launch import command_mistakes, config_dir, job_mistakes, set_up_messages
 from kd.model import FrozenVLM, Student
 from kd.objective_loop import default_budget_mib
+from kd.parallel import RESERVED_GIB
 from kd.teacher import LocalTeacherConfig
 from kd.types import UserError
 
@@ -65,7 +66,7 @@ def rungs(config: VlmKDConfig, student: Sizes, teacher: Sizes | None) -> Iterato
 
     yield rung(teacher)
     for name in ("activation_checkpointing", "sync_every_micro_batch"):
-        if not getattr(parallel, name):
+        if not getattr(parallel, name):  # auto: as if true, on one node and where it has to
             setattr(parallel, name, True)
             overrides.append(f"parallel.{name}=true")
             yield rung(teacher)
@@ -199,7 +200,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--config-name", required=True)
     made.add_argument("--gpus", type=int, nargs="+", default=[1, 2, 8])
     made.add_argument("--gpu-gib", type=float, default=80.0, help="memory of a GPU")
-    made.add_argument("--reserve-gib", type=float, default=6.0, help="for CUDA, NCCL, allocator")
+    made.add_argument(
+        "--reserve-gib", type=float, default=RESERVED_GIB, help="for CUDA, NCCL, allocator"
+    )
     made.add_argument("--tflops", type=float, default=300.0, help="that a GPU does in fact")
     made.add_argument("--row-tokens", type=int, help="of a row on average; data.max_length")
     made.add_argument("--image-tokens", type=int, default=0, help="of them, of images")

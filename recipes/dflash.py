@@ -32,8 +32,8 @@ from kd.dflash import (
 from kd.logger.report import write_report
 from kd.metrics import Timer, peak_mem_gib
 from kd.optim import clip_gradients
-from kd.parallel import World
-from kd.plan_dflash import print_plan
+from kd.parallel import World, sync_gradients
+from kd.plan_dflash import print_plan, sync_every_micro_batch
 from kd.profile import Profiler
 from kd.rollout import Parts, Policy
 from kd.rundir import RunDir
@@ -56,6 +56,7 @@ class DFlash:
         self.val_rows = cfg.data.build("validation") if cfg.train.val_every else None
         self.target, self.draft = self.build_models()
         self.optimizer, self.scheduler = cfg.optim.build(self.draft, cfg.train.max_steps)
+        self.sync_every = sync_every_micro_batch(cfg, world)
         renderer = Renderer(self.processor, cfg.target.processor.chat_template_kwargs)
         self.collator = Collator(renderer, None, cfg.data.max_length, lockstep=world.size > 1)
         self.policy = self.build_policy(renderer)
@@ -182,6 +183,7 @@ class DFlash:
             self.export()
             outcome = "finished"
         finally:
+            self.checkpoints.close()
             profiler.close()
             self.source.close()
             logger.close(failed=outcome == "failed")
@@ -212,8 +214,7 @@ class DFlash:
                 batch, chosen = batch.to(self.device), chosen.to(self.device)
                 with timer("target"):
                     states = self.states(batch, chosen)
-                last = i == len(batches) - 1
-                self.draft.set_requires_gradient_sync(last or cfg.parallel.sync_every_micro_batch)
+                sync_gradients(self.draft, every=self.sync_every, last=i == len(batches) - 1)
                 with timer("draft"):
                     out = read_blocks(
                         self.draft, states, chosen, cfg.draft.weighting, norm, cfg.draft.attention

@@ -22,14 +22,14 @@ from kd.checkpoint import Checkpoints, random_state, set_random_state
 from kd.config import DoctorMode, VlmKDConfig
 from kd.data import BatchStream, Collator, Renderer, Split, validation_batches
 from kd.doctor import Doctor, report
-from kd.footprint import print_plan
+from kd.footprint import print_plan, sync_every_micro_batch
 from kd.logger import RolloutRecord
 from kd.logger.report import write_report
 from kd.loss import AlignedLossConfig
 from kd.metrics import Counts, Datasets, LossSum, Timer, peak_mem_gib
 from kd.model import VLM, Pairing, Student, check_images, export, pair
 from kd.optim import clip_gradients
-from kd.parallel import World
+from kd.parallel import World, sync_gradients
 from kd.profile import Profiler
 from kd.rollout import Parts, Policy
 from kd.rundir import RunDir
@@ -68,6 +68,7 @@ class VlmKD:
         # A teacher may be there only to respond.
         self.judge = self.teacher if cfg.kd_ratio > 0 else NoTeacher()
         self.optimizer, self.scheduler = cfg.optim.build(self.student, cfg.train.max_steps)
+        self.sync_every = sync_every_micro_batch(cfg, world)
         self.collator = self.build_collator()
         self.student_policy = self.policy(self.student, self.collator.student)
         self.teacher_policy = None
@@ -247,6 +248,7 @@ class VlmKD:
             self.export()
             outcome = "finished"
         finally:
+            self.checkpoints.close()
             profiler.close()
             self.source.close()
             self.teacher.close()
@@ -276,8 +278,7 @@ class VlmKD:
                 batch = cpu_batch.to(self.device)
                 with timer("teacher"):
                     targets = self.judge.targets(batch)
-                last = i == len(batches) - 1
-                self.student.sync_gradients(last or cfg.parallel.sync_every_micro_batch)
+                sync_gradients(self.student, every=self.sync_every, last=i == len(batches) - 1)
                 with timer("student"):
                     out = self.student.distill(batch, targets, *counts.divisors)
                 with timer("backward"):

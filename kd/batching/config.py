@@ -32,6 +32,10 @@ class BatchingConfig:
         """The most that a rank reads in a micro-batch."""
         raise NotImplementedError
 
+    def accumulates(self, micro_batch_size: int, grad_accum: int) -> bool:
+        """Whether a rank may read the rows of an optimizer step as several micro-batches."""
+        return micro_batch_size * grad_accum > 1
+
     def check(self, collate: Collate, readers: dict[str, Reader], world: World) -> None:
         """Raise UserError where a model of `readers` (by side) cannot read such batches.
 
@@ -52,6 +56,10 @@ class FixedBatching(BatchingConfig):
     def tokens_at_once(self, micro_batch_size: int, max_length: int) -> int:
         """See the base class."""
         return micro_batch_size * max_length
+
+    def accumulates(self, micro_batch_size: int, grad_accum: int) -> bool:
+        """See the base class."""
+        return grad_accum > 1
 
     def build(
         self, collate: Collate, micro_batch_size: int, grad_accum: int, world: World

@@ -243,11 +243,6 @@ class Student(VLM):
                 hidden_ND, head.weight, head.bias, batch.labels_N, targets, *counts
             )
 
-    def sync_gradients(self, wanted: bool) -> None:
-        """Whether the backwards from now on reduce gradients over the ranks."""
-        if isinstance(self, FSDPModule):  # its class, once sharded
-            self.set_requires_gradient_sync(wanted)
-
     def freeze(self, parts: list[str]) -> None:
         """Exclude parts (see `find_part`); before `distribute`, as FSDP reads requires_grad."""
         for name in parts:

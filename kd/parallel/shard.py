@@ -7,15 +7,16 @@ from the start of the forward to the end of the backward, so the loss can read i
 
 from __future__ import annotations
 
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     MixedPrecisionPolicy,
     OffloadPolicy,
     fully_shard,
 )
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -65,8 +66,31 @@ def shard(
         fully_shard(group, mesh=world.mesh, mp_policy=policy, offload_policy=offload)
     fully_shard(root, mesh=world.mesh, mp_policy=policy, offload_policy=offload)
     if world.size > 1:
-        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-        set_model_state_dict(root, full, options=options)
+        broadcast_weights(root, full, world)
+
+
+@torch.no_grad()
+def broadcast_weights(root: nn.Module, full: dict[str, Tensor], world: World) -> None:
+    """Give every rank its part of rank 0's weights `full`, which are empty elsewhere. Collective.
+
+    Sent between the ranks' devices, wherever a part is kept: with `cpu_offload`, parameters are in
+    host memory and buffers are not, which `set_model_state_dict` refuses.
+    """
+    held = root.state_dict()
+    layout = world.broadcast({name: (t.shape, t.dtype) for name, t in full.items()})
+    assert layout.keys() == held.keys(), sorted(layout.keys() ^ held.keys())
+    for name, (shape, dtype) in layout.items():
+        if world.is_main:
+            whole = full[name].to(world.device).contiguous()
+        else:
+            whole = torch.empty(shape, dtype=dtype, device=world.device)
+        dist.broadcast(whole, src=0)
+        mine = held[name]
+        if isinstance(mine, DTensor):  # no source: each rank has the whole, and takes its part
+            whole = distribute_tensor(
+                whole, mine.device_mesh, mine.placements, src_data_rank=None
+            ).to_local()
+        local(mine).copy_(whole)
 
 
 def needs_fsdp(

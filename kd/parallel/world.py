@@ -44,9 +44,10 @@ class ParallelConfig:
     """What is trained, its gradients and AdamW's moments in host memory, where AdamW steps."""
     compile: bool = False
     """torch.compile for each block of the language models, where there is no cache to fill."""
-    sync_every_micro_batch: bool = False
-    """True: reduce-scatter after each micro-batch, which keeps only sharded gradients in memory;
-    False: once per optimizer step, which saves traffic and keeps unsharded gradients."""
+    sync_every_micro_batch: bool | str = "auto"
+    """true: reduce-scatter after each micro-batch, which keeps only sharded gradients in memory;
+    false: once per optimizer step, which saves traffic and keeps unsharded gradients; auto: true
+    on one node, and on several where the memory estimate does not fit the GPU otherwise."""
     cpu_threads: int = 0
     """Threads of each rank on a CPU; 0: OMP_NUM_THREADS, or without it the cores that this process
     may use, divided among the local ranks."""
@@ -77,6 +78,11 @@ class ParallelConfig:
                 f"parallel.cpu_threads={self.cpu_threads}, parallel.timeout_s={self.timeout_s}: "
                 "give threads of 0 or more and at least a second"
             )
+        if isinstance(self.sync_every_micro_batch, str) and self.sync_every_micro_batch != "auto":
+            raise UserError(
+                f"parallel.sync_every_micro_batch={self.sync_every_micro_batch}: use auto, true or "
+                "false"
+            )
         ranks = self.num_ranks()
         if self.dp_replicate < 1 or ranks % self.dp_replicate:
             raise UserError(
@@ -86,6 +92,11 @@ class ParallelConfig:
     def num_ranks(self) -> int:
         """Ranks of the run: those of the launcher if there is one, else `nproc`."""
         return int(os.environ.get("WORLD_SIZE", self.nproc))
+
+    def num_nodes(self) -> int:
+        """Machines of the run: by the launcher's LOCAL_WORLD_SIZE, and 1 without a launcher."""
+        ranks = self.num_ranks()
+        return -(-ranks // int(os.environ.get("LOCAL_WORLD_SIZE", ranks)))
 
     def device_type(self) -> str:
         """`cpu` or `cuda`."""
@@ -205,15 +216,18 @@ class World:
         """Whether it is so on some rank; the same answer on every rank."""
         return value if self.size == 1 else self.sum_ints(value)[0] > 0
 
-    def gather(self, value: T) -> list[T]:
-        """The picklable values of all ranks, in rank order, on every rank."""
+    def gather(self, value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+        """The picklable values of all ranks, in rank order, on every rank.
+
+        `group`: of all ranks as well, for collectives apart from those of other threads.
+        """
         if self.size == 1:
             # Not only faster: a large gather runs in gloo's own thread, which then has OpenMP
             # threads of its own; with more of those than cores, libgomp stops spinning, and every
             # later step on a 2-core CPU takes 1.4 times as long.
             return [value]
         values: list[T] = [value] * self.size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=group)
         return values
 
     def broadcast(self, value: T) -> T:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, ProcessorMixin
 
 from kd.align import AlignedTargets
 from kd.model import FrozenVLM, PretrainedModel
-from kd.parallel import ParallelConfig, World
+from kd.parallel import HostWeights, ParallelConfig, World
 from kd.teacher.base import BaseTeacher, Head, TeacherConfig
 from kd.teacher.weights import weights_digest
 from kd.types import Batch, DenseTargets, Inputs, UserError
@@ -25,8 +23,8 @@ class LocalTeacherConfig(PretrainedModel, TeacherConfig):
     cpu_offload: bool = False
     """Keep the sharded weights in host memory and copy each block to the device when it runs."""
     offload: bool = False
-    """Keep the model in host memory between its uses: it comes to the device once per optimizer
-    step, for all micro-batches of the step. Its head stays there."""
+    """Keep the model in (pinned) host memory: it is copied to the device once per optimizer step,
+    for all micro-batches of the step, and dropped there. Its head stays."""
 
     def validate(self, key: str) -> None:
         """Refuse values out of range."""
@@ -103,18 +101,17 @@ class OffloadedTeacher(BaseTeacher):
         self.num_swaps = 0
         self._hidden: dict[int, Tensor] = {}
         """Of the batches expected, by the identity of their rollouts, which device copies share."""
-        _move(model, "cpu")
+        self._weights = HostWeights(model, world.device)
 
     def expect(self, batches: list[Batch]) -> None:
         """Work on all of them with one swap. Collective."""
-        _move(self.model, self.device)
-        for batch in batches:
-            dense = self.model.targets(batch.teacher.to(self.device))
-            self._hidden[id(batch.rollouts)] = dense.hidden_ND
-            if self.head is None:  # a copy: the gathered one goes with the model
-                bias_V = None if dense.bias_V is None else dense.bias_V.clone()
-                self.head = Head(dense.weight_VD.clone(), bias_V)
-        _move(self.model, "cpu")
+        with self._weights.on_device():
+            for batch in batches:
+                dense = self.model.targets(batch.teacher.to(self.device))
+                self._hidden[id(batch.rollouts)] = dense.hidden_ND
+                if self.head is None:  # a copy: the gathered one goes with the model
+                    bias_V = None if dense.bias_V is None else dense.bias_V.clone()
+                    self.head = Head(dense.weight_VD.clone(), bias_V)
         self.num_swaps += 1
 
     def targets(self, batch: Batch) -> DenseTargets | AlignedTargets:
@@ -126,18 +123,9 @@ class OffloadedTeacher(BaseTeacher):
 
     def read(self, inputs: Inputs) -> Tensor:
         """See the base class."""
-        _move(self.model, self.device)
-        hidden_ND = self.model.read(inputs)
-        _move(self.model, "cpu")
-        return hidden_ND
+        with self._weights.on_device():
+            return self.model.read(inputs)
 
     def stop_ids(self, eos_token_id: int) -> list[int]:
         """See `Teacher`."""
         return self.model.stop_ids(eos_token_id)
-
-
-def _move(model: FrozenVLM, device: torch.device | str) -> None:
-    for module in model.modules():  # what is gathered would stay where it is
-        if isinstance(module, FSDPModule):
-            module.reshard()
-    model.to(device)
