@@ -64,8 +64,9 @@ class TrainConfig:
     """How long, and what one optimizer step consists of."""
 
     max_steps: int = 100
-    micro_batch_size: int = 1
-    """Rows that one rank reads at once, with batching=fixed."""
+    micro_batch_size: int | None = 1
+    """Rows that one rank reads at once, with batching=fixed; None: all its rows of an optimizer
+    step, or of `grad_accum` parts of it."""
     grad_accum: int | None = None
     """Micro-batches of so many rows per optimizer step; None: what `global_batch_size` leaves."""
     global_batch_size: int | None = None
@@ -81,10 +82,11 @@ class TrainConfig:
 
     def validate(self) -> None:
         """Refuse values out of range."""
-        for name in ("max_steps", "micro_batch_size", "log_every"):
+        for name in ("max_steps", "log_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"train.{name}={getattr(self, name)}: must be at least 1")
-        for name in ("grad_accum", "global_batch_size", "val_every", "save_every"):
+        nullable = ("micro_batch_size", "grad_accum", "global_batch_size", "val_every")
+        for name in (*nullable, "save_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"train.{name}={value}: must be at least 1, or null")
@@ -94,7 +96,15 @@ class TrainConfig:
             raise UserError(f"train.export={self.export}: use last or best")
 
     def resolve(self, ranks: int) -> None:
-        """Settle `grad_accum` and `global_batch_size`; refuse three numbers that disagree."""
+        """Settle the three numbers of rows; refuse some that disagree."""
+        if self.micro_batch_size is None:
+            if self.global_batch_size is None:
+                raise UserError(
+                    "train.micro_batch_size=null reads all rows of a rank at once: give their "
+                    "number, or train.global_batch_size"
+                )
+            parts = ranks * (self.grad_accum or 1)
+            self.micro_batch_size = max(1, self.global_batch_size // parts)
         rows = self.micro_batch_size * ranks
         if self.grad_accum is None:
             self.grad_accum = max(1, (self.global_batch_size or rows) // rows)

@@ -34,6 +34,7 @@ class DraftPlan:
 def make_plan(config: DFlashConfig) -> DraftPlan:
     """Build and shard both models without weights, and count."""
     train, parallel = config.train, config.parallel
+    assert train.micro_batch_size is not None  # of a checked config
     once = train.grad_accum != 1 and not reduction(config).every
     with pretend_ranks(parallel) as world:
         model = config.target.meta_model()

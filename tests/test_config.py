@@ -198,12 +198,12 @@ ACROSS_GROUPS = [
     mistake("rollout=teacher kd_ratio=0 teacher=none", r"to be a teacher's, but there is none"),
     mistake(
         "rollout=student kd_ratio=1 rollout.num_generations=3",
-        r"num_generations=3 does not divide micro_batch_size 1 x grad_accum 16 = 16 rows",
+        r"num_generations=3 does not divide micro_batch_size 16 x grad_accum 1 = 16 rows",
     ),
     mistake(
         "rollout=student kd_ratio=1 rollout.num_generations=4 rollout.generation_batch_size=16",
-        r"generation_batch_size=16 x num_generations 4 = 64 rollouts, but micro_batch_size 1 x "
-        r"grad_accum 16 = 16 rows per optimizer step and rank: give 4, or null",
+        r"generation_batch_size=16 x num_generations 4 = 64 rollouts, but micro_batch_size 16 x "
+        r"grad_accum 1 = 16 rows per optimizer step and rank: give 4, or null",
     ),
     mistake(
         "rollout=student kd_ratio=1 rollout.window_steps=2 rollout.generation_batch_size=16",
@@ -229,6 +229,18 @@ ACROSS_GROUPS = [
     mistake(
         "train.micro_batch_size=3 parallel.nproc=4",
         r"global_batch_size=16 is not micro_batch_size 3 x 4 ranks x grad_accum 1",
+    ),
+    mistake(
+        "train.micro_batch_size=null train.global_batch_size=null",
+        r"micro_batch_size=null reads all rows .*give their number, or train\.global_batch_size",
+    ),
+    mistake(
+        "train.micro_batch_size=null parallel.nproc=3",
+        r"global_batch_size=16 is not micro_batch_size 5 x 3 ranks x grad_accum 1",
+    ),
+    mistake(
+        "parallel.sync_every_micro_batch=sometimes",
+        r"parallel\.sync_every_micro_batch=sometimes: use auto, true or false",
     ),
     mistake(
         "train.micro_batch_size=2 train.grad_accum=3",
@@ -348,13 +360,22 @@ def test_batch_sizes_are_settled(numbers, ranks, grad_accum, global_batch_size):
     assert (train.grad_accum, train.global_batch_size) == (grad_accum, global_batch_size)
 
 
+def test_all_rows_of_a_rank_at_once():
+    train = TrainConfig(micro_batch_size=None, global_batch_size=24)
+    train.resolve(2)
+    assert (train.micro_batch_size, train.grad_accum) == (12, 1)
+    train = TrainConfig(micro_batch_size=None, global_batch_size=24, grad_accum=3)
+    train.resolve(2)
+    assert train.micro_batch_size == 4
+
+
 def test_batch_sizes_follow_the_ranks_of_a_launcher(monkeypatch):
     register()
     with initialize_config_dir(config_dir(), version_base="1.3"):
         config = to_object(compose("qwen_vl_kd"))
     monkeypatch.setenv("WORLD_SIZE", "8")
     validate(config)
-    assert config.train.grad_accum == 2
+    assert (config.train.micro_batch_size, config.train.grad_accum) == (2, 1)
 
 
 def test_own_config_dir_extends_the_shipped_ones(kd_main, capsys, tmp_path):

@@ -7,11 +7,16 @@ import sys
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText
 
 from kd import plan
+from kd.config import register, to_object, validate
 from kd.flops import Row, Work
+from kd.footprint import GIB, footprint, measure
+from kd.launch import config_dir
+from kd.parallel import ParallelConfig, choose_reduction
 from tests.model.families import FAMILIES
 from tests.model.kernels import without_kernels
 
@@ -45,8 +50,11 @@ def test_a_large_model_on_gpus_of_two_sizes(capsys, monkeypatch):
     printed = run(capsys, monkeypatch, *large, "1", "2", "--with-kernels")
     one, two = printed.split("2 GPU(s)")
     assert "suggested: parallel.nproc=1 train.micro_batch_size=2 " in one
-    assert "parallel.sync_every_micro_batch=true teacher.offload=true" in one
+    assert "teacher.offload=true" in one and "sync_every_micro_batch" not in printed
     assert "suggested: parallel.nproc=2 train.micro_batch_size=8 loss.chunk_mib=" in two
+    once = "parallel.sync_every_micro_batch=false"
+    printed += run(capsys, monkeypatch, *large, "1", once, "--with-kernels")
+    assert "parallel.sync_every_micro_batch=true teacher.offload=true" in printed
     assert "plain PyTorch" not in printed
     # Without them rows take more, and it is said.
     without_kernels(monkeypatch)
@@ -59,6 +67,49 @@ def test_a_large_model_on_gpus_of_two_sizes(capsys, monkeypatch):
     small = ["--gpus", "1", "--gpu-gib", "12"]
     printed = run(capsys, monkeypatch, "--config-name", "qwen_vl_kd", *small)
     assert "does not fit; what would: not even 2 GPUs of this size, student.lora.rank=16" in printed
+
+
+@pytest.mark.parametrize(
+    ("value", "nodes", "fits", "every", "reason"),
+    [
+        (True, 2, True, True, "parallel.sync_every_micro_batch=true"),
+        (False, 1, False, False, "parallel.sync_every_micro_batch=false"),
+        ("auto", 1, True, True, "all ranks are on one node"),
+        ("auto", 2, True, False, "2 nodes, and with unsharded gradients a rank takes 6.0 GiB"),
+        ("auto", 2, False, True, "a rank takes 6.0 GiB (estimate) of 5.0 GiB"),
+        ("auto", 2, None, False, "2 nodes, and no GPU whose memory could be too small"),
+    ],
+)
+def test_when_gradients_are_reduced(monkeypatch, value, nodes, fits, every, reason):
+    """The memory of the GPU is made up: there is none here."""
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(4 // nodes))
+    room = None if fits is None else (7 if fits else 5) * GIB
+    monkeypatch.setattr("kd.parallel.accumulation.device_room", lambda config: room)
+    config = ParallelConfig(sync_every_micro_batch=value)
+    config.validate()
+    chosen = choose_reduction(config, lambda: 6 * GIB)
+    assert chosen.every == every and reason in chosen.reason
+
+
+def test_unsharded_gradients_are_counted_where_they_are_kept(monkeypatch):
+    """On two nodes by what the GPU has room for: made up, as there is none here."""
+    register()
+    with initialize_config_dir(config_dir(), version_base="1.3"):
+        config = to_object(compose("qwen_vl_kd", overrides=["train.micro_batch_size=1"]))
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    validate(config)
+    sizes = measure(config)
+
+    def gradients(value: bool | str, room_gib: int) -> int:
+        monkeypatch.setattr("kd.parallel.accumulation.device_room", lambda _: room_gib * GIB)
+        config.parallel.sync_every_micro_batch = value
+        return footprint(config, *sizes).gradients
+
+    sharded, whole = gradients(True, 80), gradients(False, 80)
+    assert whole == sharded + 4 * sizes[0].whole.trained
+    assert gradients("auto", 80) == whole and gradients("auto", 30) == sharded
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,9 @@ from transformers.utils import logging
 
 from kd.config import VlmKDConfig, register, typed_object, validate
 from kd.config_dflash import register_dflash, validate_dflash
-from kd.parallel import ParallelConfig, World
+from kd.parallel import HostWeights, ParallelConfig, World, local
 from kd.run import config_dir
+from kd.teacher.local import OffloadedTeacher
 from recipes.dflash import DFlash
 from recipes.vlm_kd import VlmKD
 
@@ -58,13 +59,24 @@ def gradients(made: VlmKD | DFlash) -> dict[str, Any]:
         steps.append({name: grad.clone() for name, grad in whole.items()})
 
     made.optimizer.register_step_pre_hook(keep)
+    away = isinstance(made, VlmKD) and isinstance(made.teacher, OffloadedTeacher)
+    before = host_copies(made.teacher._weights) if away else []
     for step in range(STEPS):
         with CommDebugMode() as collectives:
             made.train_step()
         made.step = step + 1
+        assert not away or host_copies(made.teacher._weights) == before
     made.source.close()
     counts = {str(op): count for op, count in collectives.get_comm_counts().items()}
     return {"steps": steps, "collectives": counts, "every": made.sync_every}
+
+
+def host_copies(weights: HostWeights) -> list[tuple[int, bytes]]:
+    """Where they are and what is in them, between two uses: nothing is on the device."""
+    assert sum(device.nbytes() for _, device in weights._pairs) == 0
+    assert sum(host.nbytes() for host, _ in weights._pairs) > 10_000
+    assert all(local(p).untyped_storage().nbytes() == 0 for p in weights.module.parameters())
+    return [(host.data_ptr(), bytes(host)) for host, _ in weights._pairs]
 
 
 def main() -> None:

@@ -104,6 +104,8 @@ def test_ranks_and_copies(base, tmp_path, repo):
     sums = [abs(grad).sum() for grad in whole["steps"][-1].values()]
     assert len(sums) > 30 and min(sums) > 0, "a gradient of zeros would be equal to any other"
     runs = runs_of(CONFIG, base, sharded=ONE_ROW, copies=COPIES)
+    away = [*base, "teacher.offload=true"]
+    runs += [("sharded_away", CONFIG, [*away, *ONE_ROW]), ("copies_away", CONFIG, [*away, *COPIES])]
     found = on_ranks(runs, 2, tmp_path, repo)
     for name, run in found.items():
         check_equal(run, whole, name)
@@ -123,13 +125,24 @@ def count(run: dict, name: str) -> int:
 
 def test_copies_that_are_sharded(base, tmp_path, repo):
     whole = alone(CONFIG, [*base, f"train.micro_batch_size={ROWS}"])
-    for name, run in on_ranks(runs_of(CONFIG, base, copies=COPIES), 4, tmp_path, repo).items():
+    runs = [run for run in runs_of(CONFIG, base, copies=COPIES) if "auto" not in run[0]]
+    for name, run in on_ranks(runs, 4, tmp_path, repo).items():
         check_equal(run, whole, name)
+
+
+def test_a_teacher_that_is_away_between_its_uses(base):
+    """Alone: as it is, and under FSDP2, which casts its weights; one host copy that stays."""
+    for dtype in ("float32", "float64"):
+        precision = [f"parallel.compute_dtype={dtype}", f"parallel.reduce_dtype={dtype}"]
+        whole = [*base, "train.micro_batch_size=4", *precision]
+        beside = alone(CONFIG, whole)
+        check_equal(alone(CONFIG, [*whole, "teacher.offload=true"]), beside, dtype)
 
 
 def test_a_draft(draft, tmp_path, repo):
     whole = alone("dflash", [*draft, f"train.micro_batch_size={ROWS}"])
-    runs = runs_of("dflash", draft, sharded=ONE_ROW, copies=COPIES)
+    runs = runs_of("dflash", draft, sharded=ONE_ROW)
+    runs += runs_of("dflash", draft, copies=COPIES)[:2]
     # As on two machines: there `auto` is once per step, without a GPU that is too small for it.
     for name, run in on_ranks(runs, 2, tmp_path, repo, nodes=2).items():
         check_equal(run, whole, name)

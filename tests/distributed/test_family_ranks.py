@@ -13,7 +13,7 @@ import pytest
 
 from tests.conftest import metrics
 from tests.distributed.test_ranks import CONFIG, KEYS, TORCHRUN, options
-from tests.model.families import write
+from tests.model.families import WITH_BUFFERS, write
 from tests.processes import completed, environment
 
 FAMILIES = [
@@ -65,3 +65,35 @@ def test_every_family_on_two_ranks_equals_one_process(train, rows, tmp_path, rep
             assert metrics(two, key) == pytest.approx(metrics(one, key), rel=1e-6), (family, key)
         assert answers(two) == answers(one), family
         assert len(answers(one)) == 6
+
+
+def test_families_with_persistent_buffers_in_host_memory(train, rows, tmp_path, repo):
+    """Trained with `cpu_offload`, all weights from rank 0. Here the buffers are on the CPU as well:
+    see tests/parallel/test_shard.py for those on another device.
+    """
+    base = [option for option in options(tmp_path, rows) if option != "student=digits_small"]
+    base += ["teacher=none", "kd_ratio=0", "train.max_steps=2", "train.save_every=null"]
+    base += ["student=pretrained", "validation.generate=false"]
+    runs, offload = {}, "parallel.cpu_offload=true"
+    for family in WITH_BUFFERS:
+        write(family, tmp_path / family, seed=0)
+        runs[family] = [*base, f"student.name={tmp_path / family}"]
+    two = [
+        [
+            *overrides,
+            f"run.name={family}_two",
+            "train.micro_batch_size=1",
+            "parallel.cpu_offload=true",
+        ]
+        for family, overrides in runs.items()
+    ]
+    (tmp_path / "runs.json").write_text(json.dumps(two))
+    script = repo / "tests" / "distributed" / "recipe_runs.py"
+    command = [*TORCHRUN, "--nproc-per-node", "2", script, tmp_path / "runs.json"]
+    done = completed(*command, env=environment(PYTHONPATH=str(repo)))
+    assert done.returncode == 0, done.tail()
+    for family, overrides in runs.items():
+        one = train(CONFIG, family, *overrides, "train.micro_batch_size=4")
+        for key in ("train/loss", "train/grad_norm", "val/loss"):
+            got = metrics(tmp_path / "runs" / f"{family}_two", key)
+            assert got == pytest.approx(metrics(one, key), rel=1e-6), (family, key)

@@ -466,7 +466,7 @@ def llava() -> Built:
     )
 
 
-def glm4v() -> Built:
+def glm4v(model_type: str = "glm4v", **text: Any) -> Built:
     names = {"image_token": "<|image|>", "video_token": "<|video|>"}
     frame = {
         "image_start_token_id": "<|begin_of_image|>",
@@ -489,13 +489,18 @@ def glm4v() -> Built:
     )
     return configure(
         processor,
-        "glm4v",
-        {"rope_parameters": {**MROPE, "partial_rotary_factor": 1.0}},
+        model_type,
+        {"rope_parameters": {**MROPE, "partial_rotary_factor": 1.0}, **text},
         vision_config={**QWEN_VISION, "image_size": 56, "patch_size": 14},
         image_token_id=words.image_token_id,
         video_token_id=words.video_token_id,
         **{name: words.convert_tokens_to_ids(token) for name, token in frame.items()},
     )
+
+
+def glm4v_moe() -> Built:
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    return glm4v("glm4v_moe", first_k_dense_replace=1, **experts)
 
 
 FAMILIES: dict[str, Callable[[], Built]] = {
@@ -513,11 +518,13 @@ FAMILIES: dict[str, Callable[[], Built]] = {
     "glm4v": glm4v,
     "lfm2_vl": lfm2_vl,
 }
+WITH_BUFFERS: dict[str, Callable[[], Built]] = {"glm4v_moe": glm4v_moe}
+"""Families whose weights are not all parameters: none of those above has a persistent buffer."""
 
 
 def write(family: str, folder: Path, seed: int = 0) -> None:
     """Write model and processor; the same seed gives the same weights."""
-    config, processor = FAMILIES[family]()
+    config, processor = {**FAMILIES, **WITH_BUFFERS}[family]()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = AutoModelForImageTextToText.from_config(config)
@@ -525,6 +532,9 @@ def write(family: str, folder: Path, seed: int = 0) -> None:
         for parameter in model.parameters():
             if parameter.ndim < 2 or not parameter.any():
                 parameter.data.add_(torch.randn_like(parameter), alpha=0.2)
+        for name, buffer in model.named_buffers():
+            if name in model.state_dict():
+                buffer.add_(torch.randn_like(buffer), alpha=0.2)
     model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
     model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
     model.save_pretrained(folder)
