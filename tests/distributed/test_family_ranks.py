@@ -74,7 +74,7 @@ def test_families_with_persistent_buffers_in_host_memory(train, rows, tmp_path, 
     base = [option for option in options(tmp_path, rows) if option != "student=digits_small"]
     base += ["teacher=none", "kd_ratio=0", "train.max_steps=2", "train.save_every=null"]
     base += ["student=pretrained", "validation.generate=false"]
-    runs, offload = {}, "parallel.cpu_offload=true"
+    runs = {}
     for family in WITH_BUFFERS:
         write(family, tmp_path / family, seed=0)
         runs[family] = [*base, f"student.name={tmp_path / family}"]
