@@ -106,6 +106,7 @@ def config_of(folder: Path, overrides: list[str]) -> VlmKDConfig:
         *("data=conversations", f"data.path={folder / 'rows.jsonl'}", "data.num_workers=0"),
         *("train.micro_batch_size=2", "train.global_batch_size=4", "train.val_every=null"),
         *(f"data.max_length={ROW_TOKENS}", "logger=jsonl", "parallel=fsdp", "doctor=never"),
+        "parallel.sync_every_micro_batch=false",
     ]
     with initialize_config_dir(config_dir(), version_base="1.3"):
         config = to_object(compose("qwen_vl_kd", overrides=[*base, *overrides]))
