@@ -10,12 +10,15 @@ import array
 import dataclasses
 import functools
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from PIL import Image
 from torch import Tensor
+
+from kd.copies import copier
 
 IGNORE_INDEX = -100
 
@@ -130,21 +133,38 @@ class Inputs:
     lengths: list[int] | None = None
     """Packed: tokens of the rows that follow each other in one sequence, B = 1, without padding.
     None: every row is a sequence, padded to the longest."""
+    position_ids: Tensor | None = None
+    """As the model's forward takes them (see `kd.model.Positions`); None: it finds its own."""
 
-    def to(self, device: torch.device | str) -> Inputs:
-        """Copy to `device`, asynchronously from pinned memory."""
+    def map(self, change: Callable[[Tensor], Tensor]) -> Inputs:
+        """The same with every tensor changed."""
         return dataclasses.replace(
             self,
-            input_ids_BS=self.input_ids_BS.to(device, non_blocking=True),
-            attention_mask_BS=self.attention_mask_BS.to(device, non_blocking=True),
-            target_rows_N=self.target_rows_N.to(device, non_blocking=True),
-            media={k: v.to(device, non_blocking=True) for k, v in self.media.items()},
+            input_ids_BS=change(self.input_ids_BS),
+            attention_mask_BS=change(self.attention_mask_BS),
+            target_rows_N=change(self.target_rows_N),
+            media={name: change(x) for name, x in self.media.items()},
+            position_ids=None if self.position_ids is None else change(self.position_ids),
         )
 
+    def to(self, device: torch.device | str) -> Inputs:
+        """Copy to `device`; the host does not wait for a GPU."""
+        return self.map(copier(device))
+
+    def placed(self, position_ids: Tensor | None) -> Inputs:
+        """What a model with these positions reads: itself where they are its own."""
+        own = self.position_ids
+        if own is position_ids or (
+            own is not None and position_ids is not None and own.equal(position_ids)
+        ):
+            return self
+        return dataclasses.replace(self, position_ids=position_ids)
+
     def model_inputs(self) -> dict[str, Tensor]:
-        """Keyword arguments of the model's forward; packed rows need their positions as well."""
+        """Keyword arguments of the model's forward; packed rows need `position_ids`."""
         mask = {} if self.lengths else {"attention_mask": self.attention_mask_BS}
-        return {"input_ids": self.input_ids_BS, **mask, **self.media}
+        found = {} if self.position_ids is None else {"position_ids": self.position_ids}
+        return {"input_ids": self.input_ids_BS, **mask, **found, **self.media}
 
 
 class ResponseGroups(Protocol):
@@ -164,8 +184,8 @@ class ResponseGroups(Protocol):
         """How many groups each response has, of their numbers of targets."""
         ...
 
-    def to(self, device: torch.device | str) -> ResponseGroups:
-        """Copy the tensors."""
+    def map(self, change: Callable[[Tensor], Tensor]) -> ResponseGroups:
+        """The same with every tensor changed."""
         ...
 
 
@@ -175,7 +195,8 @@ class Batch:
 
     student: Inputs
     teacher: Inputs
-    """The same object as `student` where both render alike (or there is no teacher)."""
+    """Where both render alike (or there is no teacher) the same object as `student`, or its tensors
+    with other positions."""
     labels_BS: Tensor
     """The reference token that position [b, s] of the student predicts (already shifted); -100
     elsewhere, also where the student's own sample is only compared with the teacher."""
@@ -229,18 +250,29 @@ class Batch:
         """Tokens the student reads, padding and fillers included."""
         return self.student.input_ids_BS.numel()
 
-    def to(self, device: torch.device | str) -> Batch:
-        """Copy all tensors to `device`."""
-        student = self.student.to(device)
-        teacher = student if self.teacher is self.student else self.teacher.to(device)
+    def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """The same with every tensor changed, once where both sides have it."""
+        student = self.student.map(change)
+        if self.teacher is self.student:
+            teacher = student
+        elif self.teacher.input_ids_BS is self.student.input_ids_BS:
+            own = self.teacher.position_ids
+            own = None if own is None else change(own)
+            teacher = dataclasses.replace(student, position_ids=own)
+        else:
+            teacher = self.teacher.map(change)
         return dataclasses.replace(
             self,
             student=student,
             teacher=teacher,
-            labels_BS=self.labels_BS.to(device, non_blocking=True),
-            labels_N=self.labels_N.to(device, non_blocking=True),
-            groups=None if self.groups is None else self.groups.to(device),
+            labels_BS=change(self.labels_BS),
+            labels_N=change(self.labels_N),
+            groups=None if self.groups is None else self.groups.map(change),
         )
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Copy all tensors to `device`; the host does not wait for a GPU."""
+        return self.map(copier(device))
 
 
 class Source(Protocol):

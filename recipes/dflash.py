@@ -58,7 +58,10 @@ class DFlash:
         self.optimizer, self.scheduler = cfg.optim.build(self.draft, cfg.train.max_steps)
         self.sync_every = sync_every_micro_batch(cfg, world)
         renderer = Renderer(self.processor, cfg.target.processor.chat_template_kwargs)
-        self.collator = Collator(renderer, None, cfg.data.max_length, lockstep=world.size > 1)
+        found, lockstep = self.target.positions, world.size > 1
+        self.collator = Collator(
+            renderer, None, cfg.data.max_length, lockstep, positions=(found, found)
+        )
         self.policy = self.build_policy(renderer)
         self.states = build_states(cfg, self.target, self.processor, world)
         self.source = self.build_source()

@@ -115,8 +115,9 @@ class VlmKD:
                 *(TokenBytes(r.processor.tokenizer, m.stop_ids(r.eos_token_id)) for m, r in sides)
             )
             self.teacher.matched = aligner.matched().to(self.device)
-        lockstep = self.world.size > 1
-        return Collator(renderer, teacher_renderer, cfg.data.max_length, lockstep, aligner)
+        positions = self.student.positions, self.teacher.positions
+        more = cfg.data.max_length, self.world.size > 1, aligner, positions
+        return Collator(renderer, teacher_renderer, *more)
 
     def policy(self, vlm: VLM, renderer: Renderer) -> Policy:
         """A model as one that responds."""

@@ -10,6 +10,7 @@ import bisect
 import dataclasses
 import itertools
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -36,10 +37,9 @@ class Side:
     last_G: Tensor
     """The first and the last row of each group."""
 
-    def to(self, device: torch.device | str) -> Side:
-        """Copy to `device`, asynchronously from pinned memory."""
-        fields = dataclasses.fields(self)
-        return Side(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields))
+    def map(self, change: Callable[[Tensor], Tensor]) -> Side:
+        """The same with every tensor changed."""
+        return Side(*(change(getattr(self, f.name)) for f in dataclasses.fields(self)))
 
     @staticmethod
     def of(ids: list[int], spans: list[tuple[int, int]]) -> Side:
@@ -104,9 +104,9 @@ class Groups:
         ends = [bisect.bisect_left(starts, end) for end in itertools.accumulate(lengths)]
         return [end - begin for begin, end in itertools.pairwise([0, *ends])]
 
-    def to(self, device: torch.device | str) -> Groups:
-        """Copy the tensors to `device`."""
-        return Groups(self.spans, self.student.to(device), self.teacher.to(device))
+    def map(self, change: Callable[[Tensor], Tensor]) -> Groups:
+        """The same with every tensor changed."""
+        return Groups(self.spans, self.student.map(change), self.teacher.map(change))
 
     def within(self, rows: slice) -> tuple[slice, slice]:
         """(groups, teacher rows) of a chunk of student rows that cuts no group."""

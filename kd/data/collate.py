@@ -13,6 +13,7 @@ from torch import Tensor
 from kd.align import AlignedResponse, Aligner, Alignment, Groups
 from kd.data.base import RowError
 from kd.data.render import Prompt, Renderer
+from kd.model import FindPositions, left_to_the_forward
 from kd.types import IGNORE_INDEX, Batch, Inputs, Rejected, Response, Rollout, Sample
 
 BLANK_PX = 32
@@ -62,7 +63,7 @@ class Collator:
     `teacher` None: the teacher reads what the student reads, or there is none; `aligner`: it has
     another tokenizer. `lockstep` (more than one rank): a batch without an image gets one more row,
     a blank image with no target, so that every rank runs the vision tower and thereby the same
-    collectives.
+    collectives. `positions`: those of the student's model and of the teacher's.
     """
 
     def __init__(
@@ -72,11 +73,12 @@ class Collator:
         max_length: int,
         lockstep: bool,
         aligner: Aligner | None = None,
+        positions: tuple[FindPositions, FindPositions] = (left_to_the_forward, left_to_the_forward),
     ):
         assert aligner is None or teacher is not None
         self.student, self.teacher = student, teacher
         self.max_length, self.lockstep = max_length, lockstep
-        self.aligner = aligner
+        self.aligner, self.positions = aligner, positions
 
     @property
     def renderers(self) -> list[Renderer]:
@@ -102,7 +104,10 @@ class Collator:
         rejected = [row for row in outcomes if isinstance(row, Rejected)]
         filled = kept + self._filler([row.rollout.sample for row in kept])
         student = self._inputs(filled, 0, packed)
-        teacher = student if self.teacher is None else self._inputs(filled, 1, packed)
+        if self.teacher is None:
+            teacher = student.placed(self.positions[1](student))  # mostly itself
+        else:
+            teacher = self._inputs(filled, 1, packed)
         labels_N = torch.tensor([t for row in filled for t in row.labels], dtype=torch.int64)
         labels_BS = torch.full_like(student.input_ids_BS, IGNORE_INDEX)
         labels_BS.view(-1)[student.target_rows_N] = labels_N
@@ -122,9 +127,12 @@ class Collator:
         prompts = [row.prompts[which] for row in rows]
         sides = ((row.aligned.student_ids, row.aligned.teacher_ids) for row in rows)
         responses = [ids[which] for ids in sides]
-        if packed:
-            return _pack(prompts, responses)
-        return _pad_right(prompts, responses, self.renderers[which].pad_token_id)
+        inputs = (
+            _pack(prompts, responses)
+            if packed
+            else _pad_right(prompts, responses, self.renderers[which].pad_token_id)
+        )
+        return inputs.placed(self.positions[which](inputs))
 
     @functools.cached_property
     def filler_length(self) -> int:
@@ -136,7 +144,8 @@ class Collator:
     ) -> Inputs:
         """Prompts in the student's or the teacher's rendering, left-padded, without targets.
 
-        A filler row may come last, as in a batch, unless `filler` is False, for forwards that are
+        Without positions: generating finds those of the tokens to come as well. A filler row may
+        come last, as in a batch, unless `filler` is False, for forwards that are
         no collective. Raises RowError for a row that `screen` refuses.
         """
         which = -1 if teacher else 0

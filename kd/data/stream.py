@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from kd.data.base import Rows
 from kd.data.mixture import sizes_of
 from kd.data.sampler import Split, TrainSampler, ValidationSampler, order_of
 from kd.data.workers import end_with_run, start_fork_server
-from kd.types import Batch, Inputs, Rejected, Sample, UserError
+from kd.types import Batch, Rejected, Sample, UserError
 
 T = TypeVar("T")
 Collate = Callable[[list[Sample | Rejected]], T]
@@ -148,7 +147,9 @@ class _Packet(Generic[T]):
     content: T | UserError
 
     def pin_memory(self) -> _Packet[T]:
-        return _Packet(_pinned(self.content) if isinstance(self.content, Batch) else self.content)
+        if not isinstance(self.content, Batch):
+            return self
+        return _Packet(self.content.map(torch.Tensor.pin_memory))
 
 
 @dataclass
@@ -173,25 +174,3 @@ class _Contents(Generic[T]):
         if isinstance(content, UserError):
             raise content
         return content
-
-
-def _pinned(batch: Batch) -> Batch:
-    student = _pinned_inputs(batch.student)
-    teacher = student if batch.teacher is batch.student else _pinned_inputs(batch.teacher)
-    return dataclasses.replace(
-        batch,
-        student=student,
-        teacher=teacher,
-        labels_BS=batch.labels_BS.pin_memory(),
-        labels_N=batch.labels_N.pin_memory(),
-    )
-
-
-def _pinned_inputs(inputs: Inputs) -> Inputs:
-    return dataclasses.replace(
-        inputs,
-        input_ids_BS=inputs.input_ids_BS.pin_memory(),
-        attention_mask_BS=inputs.attention_mask_BS.pin_memory(),
-        target_rows_N=inputs.target_rows_N.pin_memory(),
-        media={name: x.pin_memory() for name, x in inputs.media.items()},
-    )

@@ -13,6 +13,7 @@ from kd.model.export import export, gather
 from kd.model.kernels import Kernels, layer_functions
 from kd.model.lora import LoRAConfig
 from kd.model.packing import Reader, check_packing
+from kd.model.positions import FindPositions, Positions, left_to_the_forward
 from kd.model.processor import ProcessorConfig, check_images
 from kd.model.spec import (
     ModelConfig,
@@ -27,11 +28,13 @@ from kd.model.vlm import VLM, FrozenVLM, Student, cut
 __all__ = [
     "ALIGNMENTS",
     "VLM",
+    "FindPositions",
     "FrozenVLM",
     "Kernels",
     "LoRAConfig",
     "ModelConfig",
     "Pairing",
+    "Positions",
     "PretrainedModel",
     "PretrainedStudent",
     "ProcessorConfig",
@@ -47,6 +50,7 @@ __all__ = [
     "export",
     "gather",
     "layer_functions",
+    "left_to_the_forward",
     "pair",
     "rendering_digest",
     "same_rendering",

@@ -10,9 +10,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel
 
+from kd.copies import copier
 from kd.types import Inputs, UserError
 
 Reader = Callable[[Inputs], Tensor | None]
@@ -26,55 +25,18 @@ ROUNDING = 3.0
 """Times what padding changes, which is none either."""
 
 
-def packed_inputs(
-    model: PreTrainedModel, inputs: Inputs, *, bounds_rows: bool
-) -> dict[str, Tensor]:
-    """Where packed rows begin, as keyword arguments of the model's forward.
+def row_bounds(inputs: Inputs) -> dict[str, Tensor]:
+    """Where packed rows begin, as keyword arguments of the forward beside their positions.
 
-    Positions for attention; for the kernels of a recurrence (`cu_seq_lens_q` [rows + 1]) and of a
-    convolution (`seq_idx` [1, S]) what transformers hands on to them, if the model's layers
-    `bounds_rows`. Without the kernels these are ignored or an error, by the version.
+    For the kernels of a recurrence (`cu_seq_lens_q` [rows + 1]) and of a convolution (`seq_idx`
+    [1, S]) what transformers hands on to them, for a model whose layers bound rows by it. Without
+    the kernels these are ignored or an error, by the version.
     """
     assert inputs.lengths is not None
-    positions = {"position_ids": row_positions(model, inputs)}
-    if not bounds_rows:
-        return positions
-    lengths = torch.tensor(inputs.lengths, dtype=torch.int32)
+    lengths, copy = torch.tensor(inputs.lengths), copier(inputs.input_ids_BS.device)
     ends = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
     rows_1S = torch.arange(len(lengths), dtype=torch.int32).repeat_interleave(lengths)[None]
-    device = inputs.input_ids_BS.device
-    return {**positions, "cu_seq_lens_q": ends.to(device), "seq_idx": rows_1S.to(device)}
-
-
-def row_positions(model: PreTrainedModel, inputs: Inputs) -> Tensor:
-    """Positions of packed rows, from 0 in each: [1, S], or [4, 1, S] for models with M-RoPE.
-
-    Where positions begin anew is where transformers bounds the attention, if there is no mask. The
-    first of the four is that of the text, which only bounds; the others are time, height and width
-    (Qwen2-VL, https://arxiv.org/abs/2409.12191, section 2.1), which images let grow unevenly.
-    """
-    assert inputs.lengths is not None
-    device = inputs.input_ids_BS.device
-    text_S = torch.cat([torch.arange(n, device=device) for n in inputs.lengths])
-    multimodal = getattr(model.base_model, "get_rope_index", None)
-    if multimodal is None or "image_grid_thw" not in inputs.media:
-        return text_S[None]
-    ids_BS, types_BS, mask_BS = (
-        pad_sequence(x_1S[0].split(inputs.lengths), batch_first=True)
-        for x_1S in (
-            inputs.input_ids_BS,
-            inputs.media["mm_token_type_ids"],
-            inputs.attention_mask_BS,
-        )
-    )
-    positions_3BS, _ = multimodal(
-        input_ids=ids_BS,
-        mm_token_type_ids=types_BS,
-        image_grid_thw=inputs.media["image_grid_thw"],
-        attention_mask=mask_BS,
-    )
-    rows = [positions_3BS[:, b, :n] for b, n in enumerate(inputs.lengths)]
-    return torch.cat([text_S[None], torch.cat(rows, dim=1)])[:, None]
+    return {"cu_seq_lens_q": copy(ends), "seq_idx": copy(rows_1S)}
 
 
 def check_packing(read: Reader, alone: Inputs, padded: Inputs, packed: Inputs, side: str) -> None:
@@ -86,7 +48,7 @@ def check_packing(read: Reader, alone: Inputs, padded: Inputs, packed: Inputs, s
     """
     assert packed.lengths is not None
     first, second = packed.lengths
-    unbounded = dataclasses.replace(packed, lengths=None)
+    unbounded = dataclasses.replace(packed, lengths=None, position_ids=None)
     states = [_hidden(read, inputs) for inputs in (alone, padded, packed, unbounded)]
     read_here = [states_SD for states_SD in states if states_SD is not None]
     if not read_here:

@@ -22,8 +22,9 @@ from transformers import (
 
 from kd.model.kernels import Kernels, check_kernels
 from kd.model.lora import Adapters, LoRAConfig
-from kd.model.packing import packed_inputs
+from kd.model.packing import row_bounds
 from kd.model.parts import find_part
+from kd.model.positions import Positions
 from kd.objective import KDOutput
 from kd.parallel import ParallelConfig, World, blocks, compile_blocks, needs_fsdp, shard
 from kd.types import Batch, DenseTargets, Inputs, TeacherTargets, UserError
@@ -43,7 +44,7 @@ class VLM(nn.Module):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         _check_head(model)
-        self.model = model
+        self.model, self.positions = model, Positions(model)
         self.kernels = Kernels.of(model)
         self.adapters = Adapters()
         self.lockstep = False
@@ -72,10 +73,13 @@ class VLM(nn.Module):
 
     def _hidden(self, inputs: Inputs) -> Tensor:
         """The last hidden states [N, D] of the target rows; no logits are computed."""
-        packed = {}
+        bounds = {}
         if inputs.lengths:
-            packed = packed_inputs(self.model, inputs, bounds_rows=self.kernels.bounds_rows)
-        outputs = self.model.base_model(**inputs.model_inputs(), **packed, use_cache=False)
+            if inputs.position_ids is None:  # the forward knows of no rows
+                inputs = inputs.placed(self.positions(inputs))
+            if self.kernels.bounds_rows:
+                bounds = row_bounds(inputs)
+        outputs = self.model.base_model(**inputs.model_inputs(), **bounds, use_cache=False)
         return outputs.last_hidden_state.flatten(0, 1)[inputs.target_rows_N]
 
     @torch.no_grad()

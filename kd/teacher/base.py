@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
 
 from kd.align import AlignedTargets, Groups, MatchedVocabulary
-from kd.model import ALIGNMENTS, FrozenVLM
+from kd.model import ALIGNMENTS, FindPositions, FrozenVLM, left_to_the_forward
 from kd.parallel import ParallelConfig, World
 from kd.types import Batch, DenseTargets, Inputs, TeacherTargets, UserError
 
@@ -87,6 +87,11 @@ class BaseTeacher:
     """The tokens that the student's vocabulary has as well, where the tokenizers differ."""
     vlm: FrozenVLM | None = None
     """The model, where it is one of these ranks."""
+
+    @property
+    def positions(self) -> FindPositions:
+        """Of what it reads, for the collator; left to its forward where its model is not known."""
+        return left_to_the_forward if self.vlm is None else self.vlm.positions
 
     @property
     def identity(self) -> dict[str, str]:

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
 
 from kd.align import AlignedTargets
-from kd.model import FrozenVLM, PretrainedModel
+from kd.model import FindPositions, FrozenVLM, PretrainedModel
 from kd.parallel import HostWeights, ParallelConfig, World
 from kd.teacher.base import BaseTeacher, Head, TeacherConfig
 from kd.teacher.weights import weights_digest
@@ -102,6 +102,11 @@ class OffloadedTeacher(BaseTeacher):
         self._hidden: dict[int, Tensor] = {}
         """Of the batches expected, by the identity of their rollouts, which device copies share."""
         self._weights = HostWeights(model, world.device)
+
+    @property
+    def positions(self) -> FindPositions:
+        """See the base class."""
+        return self.model.positions
 
     def expect(self, batches: list[Batch]) -> None:
         """Work on all of them with one swap. Collective."""
