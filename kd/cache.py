@@ -94,7 +94,7 @@ class Filler(VlmKD):
                 rows,
                 self.collator,
                 self.split,
-                num_workers=cfg.data.num_workers,
+                num_workers=cfg.data.workers(self.device),
                 pin_memory=self.device.type == "cuda",
             ):
                 problem = None

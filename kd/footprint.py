@@ -28,8 +28,8 @@ from kd.parallel import (
     ParallelConfig,
     Reduction,
     World,
-    blocks,
     choose_reduction,
+    groups,
     local,
 )
 from kd.teacher import LocalTeacherConfig
@@ -133,7 +133,8 @@ def measure(config: VlmKDConfig, *, with_kernels: bool = False) -> tuple[Sizes, 
         if not isinstance(config.asked_teacher, LocalTeacherConfig):
             return mine, None
         model = config.asked_teacher.meta_model()
-        whole, vlm = Whole.of(model), FrozenVLM(model)
+        vlm = FrozenVLM(model)
+        whole = Whole.of(model)  # once it is frozen, as its tower is one group then
         vlm.place(world, config.parallel, cpu_offload=config.asked_teacher.cpu_offload)
         return mine, Sizes(whole, whole.gathered_by(vlm), local_bytes(vlm), 0, 0, 0)
 
@@ -215,30 +216,28 @@ class Whole:
 
     parameters: int
     trained: int
-    largest_block: int
+    largest_groups: int
+    """The two largest together."""
     root: int
     """In the root group, the head among them: whole on every rank during a step."""
     head: int
     trained_head: int
 
     def gathered_by(self, placed: nn.Module) -> int:
-        """Whole on a rank at once: the root, a block, and the one that is gathered meanwhile."""
-        return (self.root + 2 * self.largest_block) * isinstance(placed, FSDPModule)
+        """Whole on a rank at once: the root, a group, and the one that is gathered meanwhile."""
+        return (self.root + self.largest_groups) * isinstance(placed, FSDPModule)
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Whole:
         """Count those of a model."""
-        groups = [*blocks(model)]
-        embedding, head = model.get_input_embeddings(), model.get_output_embeddings().weight
-        if embedding.weight is not head:
-            groups.append(embedding)
-        sizes = [sum(p.numel() for p in group.parameters()) for group in groups]
+        head = model.get_output_embeddings().weight
+        sizes = [sum(p.numel() for m in group for p in m.parameters()) for group in groups(model)]
         parameters = sum(p.numel() for p in model.parameters())
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         return cls(
             parameters,
             trained,
-            max(sizes),
+            sum(sorted(sizes)[-2:]),
             parameters - sum(sizes),
             head.numel(),
             head.numel() * head.requires_grad,

@@ -41,8 +41,8 @@ def make_plan(config: DFlashConfig) -> DraftPlan:
         vocab = model.get_output_embeddings().weight.shape[0]
         # Which slot stands for MASK is found with the tokenizer, which is not there yet.
         draft_config = config.draft.resolve(model.config, vocab, mask_token_id=0)
-        whole = Whole.of(model)
         target = Target(model, draft_config.dflash_config["target_layer_ids"])
+        whole = Whole.of(model)  # once it is frozen, as its tower is one group then
         target.place(world, parallel, cpu_offload=config.target.cpu_offload)
         draft = Draft(draft_config).to("meta")
         draft_parameters = sum(p.numel() for p in draft.parameters())

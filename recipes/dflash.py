@@ -112,7 +112,7 @@ class DFlash:
                 Split(rows_at_a_time, world.rank, world.size),
                 seed=cfg.run.seed,
                 shuffle=cfg.data.shuffle,
-                num_workers=cfg.data.num_workers,
+                num_workers=cfg.data.workers(self.device),
                 pin_memory=self.device.type == "cuda",
             )
 

@@ -5,11 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
+
+from kd.parallel import cores_per_rank
 from kd.types import Rejected, Sample, UserError
 
 SPLITS = ("train", "validation")
 ON_BROKEN_ROW = ("raise", "drop")
 CORPUS_ROWS = 2000
+MOST_WORKERS = 4
+"""Of a rank, unless `num_workers` says otherwise."""
 
 
 class RowError(ValueError):
@@ -36,8 +41,9 @@ class Rows(Protocol):
 class DataConfig:
     """Settings that every data option has."""
 
-    num_workers: int = 0
-    """Processes that load and render rows ahead; 0: in the training process."""
+    num_workers: int | None = None
+    """Processes of each rank that load and render rows ahead; 0: in the training process; None: on
+    a GPU as many as a rank has cores, at most 4, on a CPU 0."""
     max_length: int = 2048
     """Tokens of prompt + response. A longer row (for either model) is dropped and counted."""
     val_samples: int | None = None
@@ -54,7 +60,7 @@ class DataConfig:
             raise UserError(
                 f"data.on_broken_row is '{self.on_broken_row}'; it can be 'raise' or 'drop'."
             )
-        if self.num_workers < 0:
+        if self.num_workers is not None and self.num_workers < 0:
             raise UserError(f"data.num_workers is {self.num_workers}; it cannot be negative.")
         if self.max_length < 2:
             raise UserError(f"data.max_length is {self.max_length}; it must be at least 2 tokens.")
@@ -62,6 +68,13 @@ class DataConfig:
             raise UserError(
                 f"data.val_samples is {self.val_samples}; give at least 1, or null for all rows."
             )
+
+    def workers(self, device: torch.device) -> int:
+        """`num_workers` of a rank that computes on `device`."""
+        if self.num_workers is not None:
+            return self.num_workers
+        # On a CPU they would take the cores that the step itself computes on.
+        return min(MOST_WORKERS, cores_per_rank()) if device.type == "cuda" else 0
 
     @property
     def parts(self) -> list[DataConfig]:

@@ -7,7 +7,7 @@ import re
 from torch import nn
 from transformers import PreTrainedModel
 
-from kd.parallel.shard import blocks
+from kd.parallel.shard import blocks, mergers
 from kd.types import UserError
 
 PART_NAMES = ("vision_tower", "projector", "embeddings", "layers")
@@ -33,7 +33,7 @@ def parts(model: PreTrainedModel) -> dict[str, list[str]]:
         )
     children = dict(model.base_model.named_children())
     beside = [child for child in children.values() if child not in (tower, decoder)]
-    inside = [child for name, child in tower.named_children() if "merger" in name]
+    inside = mergers(tower)
     seeing = [child for child in tower.children() if child not in inside] if inside else [tower]
     found = {
         "vision_tower": seeing,

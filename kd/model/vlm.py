@@ -11,8 +11,10 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import _MultiHandle
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.profiler import record_function
+from torch.utils.hooks import RemovableHandle
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
@@ -173,8 +175,10 @@ def _unhooked(groups: list[FSDPModule]) -> Iterator[None]:
 
     Other hooks stay: transformers collects hidden states by them, some of which are image features.
     """
-    states = [group._get_fsdp_state() for group in groups]
-    handles = [h for s in states for h in (s._pre_forward_hook_handle, s._post_forward_hook_handle)]
+    handles: set[RemovableHandle] = set()
+    for state in {group._get_fsdp_state() for group in groups}:  # modules gathered as one have one
+        for handle in (state._pre_forward_hook_handle, state._post_forward_hook_handle):
+            handles.update(handle.handles if isinstance(handle, _MultiHandle) else [handle])
     held = [(handle.hooks_dict_ref(), dict(handle.hooks_dict_ref())) for handle in handles]
     for handle in handles:
         handle.hooks_dict_ref().pop(handle.id)

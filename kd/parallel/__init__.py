@@ -7,9 +7,9 @@ from kd.parallel.accumulation import (
     sync_gradients,
 )
 from kd.parallel.compile import compile_blocks
-from kd.parallel.cores import num_cores
+from kd.parallel.cores import cores_per_rank, num_cores
 from kd.parallel.host import HostWeights
-from kd.parallel.shard import blocks, local, needs_fsdp, offload_policy, shard
+from kd.parallel.shard import blocks, groups, local, needs_fsdp, offload_policy, shard
 from kd.parallel.world import DTYPES, ParallelConfig, World
 
 __all__ = [
@@ -22,6 +22,8 @@ __all__ = [
     "blocks",
     "choose_reduction",
     "compile_blocks",
+    "cores_per_rank",
+    "groups",
     "local",
     "needs_fsdp",
     "num_cores",

@@ -17,6 +17,11 @@ def num_cores() -> int:
     return max(1, min(cores or 1, math.ceil(quota) if quota < math.inf else sys.maxsize))
 
 
+def cores_per_rank() -> int:
+    """Those of this process's share, where the ranks of a machine divide its cores; at least 1."""
+    return max(1, num_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
 def env_threads() -> int:
     """OMP_NUM_THREADS, of which only the first level counts here; 0: not set, or no number."""
     first = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()

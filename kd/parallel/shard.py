@@ -1,7 +1,7 @@
 """FSDP2: which modules form a group, and how weights reach the ranks.
 
-`fully_shard` groups: every transformer block (language and vision), the input embedding where it is
-not tied to the head, and the root with the rest. The head stays in the root group, which is whole
+`fully_shard` groups: every transformer block (those of a frozen vision tower together), the input
+embedding where it is not tied to the head, and the root with the rest. The head stays in the root group, which is whole
 from the start of the forward to the end of the backward, so the loss can read its plain weight.
 """
 
@@ -36,6 +36,36 @@ def blocks(model: PreTrainedModel) -> list[nn.Module]:
     return layers or [module for module in modules if type(module).__name__ in names]
 
 
+def groups(model: PreTrainedModel) -> list[list[nn.Module]]:
+    """The modules that are gathered together, the root's rest apart.
+
+    The blocks of a frozen vision tower are one group: one gather instead of one for each, at the
+    price of the memory of all of them while the tower runs.
+    """
+    found, together = blocks(model), []
+    tower = model.get_encoder(modality="image")
+    # Not the tower itself: FSDP2 would change its class, by which transformers knows which of its
+    # hidden states are to be collected.
+    if tower not in (model, model.base_model, model.get_decoder()) and is_frozen(tower):
+        inside = set(tower.modules())
+        together = [block for block in found if block in inside]
+    apart = [[block] for block in found if block not in together]
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    untied = [[embedding]] if embedding.weight is not head.weight else []
+    return apart + ([together] if together else []) + untied
+
+
+def is_frozen(tower: nn.Module) -> bool:
+    """Whether nothing in a vision tower is trained, but for projectors that its blocks end in."""
+    behind = {p for merger in mergers(tower) for p in merger.parameters()}
+    return not any(p.requires_grad for p in tower.parameters() if p not in behind)
+
+
+def mergers(tower: nn.Module) -> list[nn.Module]:
+    """Projectors inside of a vision tower (Qwen), whose outputs leave it."""
+    return [child for name, child in tower.named_children() if "merger" in name]
+
+
 def shard(
     root: nn.Module,
     model: PreTrainedModel,
@@ -57,12 +87,8 @@ def shard(
         cast_forward_inputs=False,
     )
     offload = offload_policy(world, cpu_offload)
-    groups = blocks(model)
     compile_blocks(blocks(model.get_decoder()), config)
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if embedding.weight is not head.weight:
-        groups.append(embedding)
-    for group in groups:
+    for group in groups(model):
         fully_shard(group, mesh=world.mesh, mp_policy=policy, offload_policy=offload)
     fully_shard(root, mesh=world.mesh, mp_policy=policy, offload_policy=offload)
     if world.size > 1:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from kd.parallel.cores import env_threads, num_cores
+from kd.parallel.cores import cores_per_rank, env_threads
 from kd.types import AgreedError, UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -49,8 +49,8 @@ class ParallelConfig:
     false: once per optimizer step, which saves traffic and keeps unsharded gradients; auto: true
     on one node, and on several where the memory estimate does not fit the GPU otherwise."""
     cpu_threads: int = 0
-    """Threads of each rank on a CPU; 0: OMP_NUM_THREADS, or without it the cores that this process
-    may use, divided among the local ranks."""
+    """CPU threads of each rank, also of one on a GPU; 0: OMP_NUM_THREADS, or without it the cores
+    that this process may use, divided among the local ranks."""
     timeout_s: int = 1800
     tp_size: int = 1
     pp_size: int = 1
@@ -120,10 +120,7 @@ class ParallelConfig:
             torch.cuda.set_device(device)
         else:
             device = torch.device("cpu")
-            local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-            torch.set_num_threads(
-                self.cpu_threads or env_threads() or max(1, num_cores() // local_ranks)
-            )
+        torch.set_num_threads(self.cpu_threads or env_threads() or cores_per_rank())
         _init_process_group(device, self.timeout_s)
         size = dist.get_world_size()
         shape = (self.dp_replicate, size // self.dp_replicate)
@@ -138,14 +135,22 @@ class ParallelConfig:
 def _init_process_group(device: torch.device, timeout_s: int) -> None:
     _settle_at_exit()
     timeout = datetime.timedelta(seconds=timeout_s)
+    is_gpu = device.type == "cuda"
     # gloo beside nccl: asynchronous checkpoints and object collectives run on the CPU.
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if is_gpu else "gloo"
+    # Without its device NCCL would connect in the first step, and connect anew for each submesh.
+    device_id = device if is_gpu else None
     try:
         if "RANK" in os.environ:
-            dist.init_process_group(backend, timeout=timeout)
+            dist.init_process_group(backend, timeout=timeout, device_id=device_id)
         else:  # one process: no address, no port
             dist.init_process_group(
-                backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
+                backend,
+                store=dist.HashStore(),
+                rank=0,
+                world_size=1,
+                timeout=timeout,
+                device_id=device_id,
             )
     except RuntimeError as error:
         if "Unable to find interface" not in str(error):

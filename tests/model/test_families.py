@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 from pathlib import Path
 
 import pytest
@@ -36,11 +37,13 @@ from kd.model import (
 )
 from kd.model.parts import parts
 from kd.parallel import ParallelConfig, World, local, needs_fsdp
-from kd.parallel.shard import blocks
+from kd.parallel.shard import blocks, groups
 from kd.types import Batch, Inputs, Rollout, Sample, UserError
 from tests.model.conftest import NONE, ONE, ROWS, TWO, UNREAD, Family, image
 from tests.model.families import write
 from tests.precision import assert_same_rows
+
+shard = importlib.import_module("kd.parallel.shard")  # the package has a function of this name
 
 
 def by_row(batch: Batch, x_ND: Tensor) -> list[Tensor]:
@@ -411,3 +414,40 @@ def test_scratch_is_for_one_processor(tmp_path: Path):
     processor = AutoProcessor.from_pretrained(tmp_path)
     with pytest.raises(UserError, match="from scratch for a Gemma3Processor"):
         ScratchModel(architecture={"model_type": "gemma3"}).build(processor, with_weights=True)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("names", [["vision_tower"], ["vision_tower", "projector"]], ids=str)
+def test_a_frozen_tower_is_one_group_and_changes_nothing(
+    family: Family, world: World, names: list[str], dtype: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Against groups of its blocks, as those of a tower that is trained are."""
+    batch, config = family.collator()(ROWS), ParallelConfig(device="cpu", compute_dtype=dtype)
+    students = []
+    for is_frozen in (shard.is_frozen, lambda tower: False):
+        monkeypatch.setattr(shard, "is_frozen", is_frozen)
+        student = Student(family.model(), ForwardKLConfig().build(0.0))
+        student.freeze(names)
+        student.distribute(world, config)
+        students.append(student)
+    states = [{b._get_fsdp_state() for b in blocks(s.model)} for s in students]
+    assert [len(of_blocks) for of_blocks in states] == [3, 4]
+    losses = [s.distill(batch, None, batch.num_targets).loss for s in students]
+    assert torch.equal(*losses)
+    for loss in losses:
+        loss.backward()
+    both = (student.named_parameters() for student in students)
+    for (name, p), (_, other) in zip(*both, strict=True):
+        assert (p.grad is None) == (other.grad is None), name
+        assert p.grad is None or torch.equal(local(p.grad), local(other.grad)), name
+
+
+def test_a_tower_that_is_trained_in_part_is_sharded_block_by_block(family: Family):
+    model = family.model()
+    of_tower = blocks(model.get_encoder(modality="image"))
+    apart = [[block] for block in of_tower]
+    assert all(group in groups(model) for group in apart)
+    FrozenVLM(model)
+    assert of_tower in groups(model)
+    next(of_tower[0].parameters()).requires_grad_(True)
+    assert all(group in groups(model) for group in apart)
