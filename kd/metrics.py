@@ -181,6 +181,18 @@ class Timer:
         return seconds
 
 
+def memory(device: torch.device) -> dict[str, float]:
+    """`train/…` of the peak so far. Of a GPU also what its allocator held at most, used or not, and
+    how often it found no room and had to give back what it held, which waits for the GPU.
+    """
+    found = {"train/peak_mem_gib": peak_mem_gib(device)}
+    if device.type == "cuda":
+        stats = torch.cuda.memory_stats(device)
+        found["train/peak_reserved_gib"] = torch.cuda.max_memory_reserved(device) / 2**30
+        found["train/alloc_retries"] = stats["num_alloc_retries"]
+    return found
+
+
 def peak_mem_gib(device: torch.device) -> float:
     """Peak memory so far: of the CUDA allocator, or of the process on a CPU."""
     if device.type == "cuda":

@@ -1,8 +1,8 @@
 """What holds for every process of kd, settled before torch is imported (by `import kd`).
 
-Threads that wait for others go to sleep soon, kernels for other instructions are not mixed up, and
-a process whose environment names another one in `KD_PARENT_PID` ends when that one has ended,
-however it died. Nothing here imports torch.
+Threads that wait for others go to sleep soon, kernels for other instructions are not mixed up, the
+pieces of a GPU's memory can grow, and a process whose environment names another one in
+`KD_PARENT_PID` ends when that one has ended, however it died. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -28,13 +28,17 @@ SPIN_COUNT = 1500
 BLOCK_TIME_MS = 1
 """Of LLVM's and Intel's runtime, which have no finer unit in common; their default is 200."""
 
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+"""How torch allocates memory of a GPU: any of these is the user's choice."""
+
 POLL_S = 0.5
 PR_SET_PDEATHSIG = 1
 
 
 def set_up() -> None:
-    """Settle all three; called by `import kd`, once for each process."""
+    """Settle all of it; called by `import kd`, once for each process."""
     spin_briefly()
+    expand_segments()
     keep_kernels_apart()
     parents = set()
     parent = os.environ.pop(PARENT, None)
@@ -59,6 +63,17 @@ def spin_briefly() -> None:
     if not any(name in os.environ for name in WAITING):
         os.environ["GOMP_SPINCOUNT"] = str(SPIN_COUNT)
         os.environ["KMP_BLOCKTIME"] = str(BLOCK_TIME_MS)
+
+
+def expand_segments() -> None:
+    """Let torch grow its pieces of a GPU's memory, unless the user has chosen otherwise.
+
+    Micro-batches differ in size: of pieces that cannot grow, more and more are held that fit none.
+    Torch reads it when it is loaded or first allocates, so it must come before torch.
+    """
+    if not any(name in os.environ for name in ALLOCATOR):
+        # By the name that torch has read since 2.9; the older ones have it warn.
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def end_with(pid: int) -> None:

@@ -30,7 +30,7 @@ from kd.dflash import (
     read_blocks,
 )
 from kd.logger.report import write_report
-from kd.metrics import Timer, peak_mem_gib
+from kd.metrics import Timer, memory
 from kd.optim import clip_gradients
 from kd.parallel import World, sync_gradients
 from kd.plan_dflash import print_plan, sync_every_micro_batch
@@ -252,7 +252,7 @@ class DFlash:
             "train/step_s": seconds["step"],
             "train/data_s": seconds["data"],
             "train/target_s": seconds["target"],
-            "train/peak_mem_gib": peak_mem_gib(self.device),
+            **memory(self.device),
             "data/too_short": self.num_too_short,
             **self.states.metrics(),
             **self.source.metrics(),

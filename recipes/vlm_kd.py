@@ -26,7 +26,7 @@ from kd.footprint import print_plan, sync_every_micro_batch
 from kd.logger import RolloutRecord
 from kd.logger.report import write_report
 from kd.loss import AlignedLossConfig
-from kd.metrics import Counts, Datasets, LossSum, Timer, peak_mem_gib
+from kd.metrics import Counts, Datasets, LossSum, Timer, memory
 from kd.model import VLM, Pairing, Student, check_images, export, pair
 from kd.optim import clip_gradients
 from kd.parallel import World, sync_gradients
@@ -308,7 +308,7 @@ class VlmKD:
             "train/step_s": seconds["step"],
             "train/data_s": seconds["data"],
             "train/teacher_s": seconds["teacher"],
-            "train/peak_mem_gib": peak_mem_gib(self.device),
+            **memory(self.device),
             "train/micro_batches": len(batches),
             **counts.metrics(),
             **self.datasets.metrics("train", cfg.kd_ratio, dataset_counts, dataset_sums),

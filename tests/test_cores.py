@@ -9,8 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 
-from kd.parallel import num_cores
+from kd.data import DigitsConfig
+from kd.parallel import ParallelConfig, cores_per_rank, num_cores, world
 from kd.parallel.cores import cpu_quota, env_threads
 from kd.parallel.world import settle
 from tests.processes import completed, environment, python
@@ -37,6 +40,46 @@ def test_threads_of_a_rank(omp, cpu_threads, threads):
     assert done.stdout == f"{threads}\n", done.tail()
 
 
+def test_a_rank_on_a_gpu_has_threads_and_its_device(monkeypatch):
+    """CUDA is not there: what it is asked for is noted, and the group is one of the CPU."""
+    asked: dict[str, object] = {}
+
+    def join(backend: str, **options: object) -> None:
+        asked.update(options, backend=backend)
+        own_join("gloo", **{**options, "device_id": None})
+
+    own_join, own_mesh = dist.init_process_group, world.init_device_mesh
+    monkeypatch.setattr(dist, "init_process_group", join)
+    monkeypatch.setattr(
+        world, "init_device_mesh", lambda _, *more, **mesh: own_mesh("cpu", *more, **mesh)
+    )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: asked.update(set=device))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    try:
+        made = ParallelConfig(device="cuda").build()
+        device = torch.device("cuda", 1)
+        assert made.device == asked["set"] == asked["device_id"] == device
+        assert asked["backend"] == "cpu:gloo,cuda:nccl"
+        assert torch.get_num_threads() == 3
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("ranks", "cores"), [(1, 12), (2, 6), (5, 2), (100, 1)])
+def test_workers_of_a_rank_are_its_cores_at_most_four(monkeypatch, ranks, cores):
+    monkeypatch.setattr("kd.parallel.cores.num_cores", lambda: 12)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
+    assert cores_per_rank() == cores
+    assert (DigitsConfig().workers(gpu), DigitsConfig().workers(cpu)) == (min(4, cores), 0)
+    for number in (0, 7):
+        given = DigitsConfig(num_workers=number)
+        assert given.workers(gpu) == given.workers(cpu) == number
+
+
 def test_torchrun_divides_the_cores_unless_it_is_told(tmp_path):
     """And not one for each rank, as torch's own does."""
     script = tmp_path / "rank.py"
@@ -53,6 +96,21 @@ def test_a_number_is_read_from_the_environment(monkeypatch):
     for value, threads in (("8", 8), (" 4 , 2", 4), ("", 0), ("x", 0)):
         monkeypatch.setenv("OMP_NUM_THREADS", value)
         assert env_threads() == threads
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_how_memory_of_a_gpu_is_allocated_is_the_users_choice(name):
+    """Else its pieces can grow."""
+    program = (
+        "import kd, os; print({n: v for n, v in os.environ.items() if n.endswith('_ALLOC_CONF')})"
+    )
+    env = environment()
+    for variable in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"):
+        env.pop(variable, None)
+    own = completed(*python("-c", program), env=env)
+    assert own.stdout == "{'PYTORCH_ALLOC_CONF': 'expandable_segments:True'}\n", own.tail()
+    given = completed(*python("-c", program), env={**env, name: "max_split_size_mb:64"})
+    assert given.stdout == f"{{'{name}': 'max_split_size_mb:64'}}\n"
 
 
 @pytest.mark.parametrize("name", ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kd.align import Groups
 from kd.loss import GOLDConfig, ULDConfig
-from kd.metrics import Datasets, mix
+from kd.metrics import Datasets, memory, mix
 from kd.objective import KDOutput
 from kd.types import Batch, Inputs, Rollout, Sample
 from tests.loss import test_aligned as aligned
@@ -136,3 +136,16 @@ def test_no_host_sync():
 def test_without_a_mixture_nothing_is_told_apart():
     assert Datasets([]).counts([make_batch([""], [3])]) == []
     assert Datasets([]).metrics("train", 0.5, [], []) == {}
+
+
+def test_memory_of_a_gpu_is_told_with_what_its_allocator_holds(monkeypatch):
+    """There is none: torch's counters are replaced."""
+    assert memory(torch.device("cpu")).keys() == {"train/peak_mem_gib"}
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**30)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 5 * 2**30)
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: {"num_alloc_retries": 2})
+    assert memory(torch.device("cuda", 0)) == {
+        "train/peak_mem_gib": 3,
+        "train/peak_reserved_gib": 5,
+        "train/alloc_retries": 2,
+    }

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kd.copies import copier
 from kd.types import Batch, UserError, digest, ids_bytes
 
 LEAST_TOKENS = 2
@@ -54,9 +55,10 @@ class Blocks:
         return found[1:].tolist()
 
     def to(self, device: torch.device | str) -> Blocks:
-        """Copy the tensors."""
+        """Copy the tensors; the host does not wait for a GPU."""
+        copy = copier(device)
         tensors = {
-            field.name: value.to(device, non_blocking=True)
+            field.name: copy(value)
             for field in dataclasses.fields(self)
             if isinstance(value := getattr(self, field.name), Tensor)
         }

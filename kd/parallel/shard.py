@@ -1,8 +1,9 @@
 """FSDP2: which modules form a group, and how weights reach the ranks.
 
 `fully_shard` groups: every transformer block (those of a frozen vision tower together), the input
-embedding where it is not tied to the head, and the root with the rest. The head stays in the root group, which is whole
-from the start of the forward to the end of the backward, so the loss can read its plain weight.
+embedding where it is not tied to the head, and the root with the rest. The head stays in the root
+group, which is whole from the start of the forward to the end of the backward, so the loss can read
+its plain weight.
 """
 
 from __future__ import annotations

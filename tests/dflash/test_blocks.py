@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import create_block_mask
 
 from kd.dflash import BlockMaker
 from kd.dflash.attention import attention
@@ -56,6 +57,53 @@ def test_dense_mask_against_the_rule():
                 own = k >= 20 and (k - 20) // 4 == q // 4
                 before = k < 20 and bool(valid[b, q // 4]) and k < anchors[b, q // 4]
                 assert bool(seen[b, 0, q, k]) == (own or before)
+
+
+@pytest.mark.parametrize(
+    ("num_context", "blocks", "size"),
+    [
+        (20, 5, 4),
+        (128, 32, 4),
+        (300, 40, 16),
+        (256, 3, 256),
+        (384, 64, 8),
+        (1000, 70, 10),
+        (130, 2, 200),
+        (513, 1, 128),
+        (1, 1, 1),
+    ],
+)
+def test_tiles_are_those_of_the_whole_mask(num_context, blocks, size):
+    """Against the mask that torch makes by asking about every pair."""
+    random = torch.Generator().manual_seed(blocks)
+    shape = 4, blocks
+    anchors = torch.randint(0, num_context, shape, generator=random).sort(-1).values
+    anchors[1] = num_context - 1  # what a whole tile sees
+    valid = torch.rand(shape, generator=random) > 0.2
+    valid[1], valid[2] = True, False
+    mask = attention("flex", anchors, valid, num_context, size).mask
+    queries = blocks * size
+    expected = create_block_mask(
+        mask.mask_mod, 4, None, queries, num_context + queries, device="cpu"
+    )
+    assert mask.shape == expected.shape and mask.BLOCK_SIZE == expected.BLOCK_SIZE
+    sides = [f"{of}{side}" for of in ("", "full_") for side in ("kv", "q")]
+    for name in [f"{side}_{what}" for side in sides for what in ("num_blocks", "indices")]:
+        ours, theirs = getattr(mask, name), getattr(expected, name)
+        assert torch.equal(ours, theirs) and ours.dtype == theirs.dtype, name
+    # And the whole mask is the dense one's.
+    index = [torch.arange(n) for n in (4, 1, queries, num_context + queries)]
+    whole = mask.mask_mod(*torch.meshgrid(*index, indexing="ij"))
+    assert torch.equal(whole, attention("dense", anchors, valid, num_context, size).seen_B1QK)
+
+
+def test_some_tiles_are_seen_whole():
+    """Else the comparison above would not tell."""
+    anchors, valid = torch.full((1, 40), 299), torch.ones(1, 40, dtype=torch.bool)
+    mask = attention("flex", anchors, valid, 300, 16).mask
+    assert mask.full_kv_num_blocks.tolist() == [[[2, 2, 2, 2, 2]]]
+    mask = attention("flex", torch.zeros(1, 2, dtype=torch.int64), valid[:, :2], 128, 128).mask
+    assert mask.full_kv_num_blocks.tolist() == [[[1, 1]]] and mask.kv_num_blocks.sum() == 0
 
 
 def attended(kind: str, device: str, anchors, valid, *, backward: bool) -> list[torch.Tensor]:
