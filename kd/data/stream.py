@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
 import torch
 from torchdata.stateful_dataloader import StatefulDataLoader
@@ -149,7 +149,7 @@ class _Packet(Generic[T]):
     def pin_memory(self) -> _Packet[T]:
         if not isinstance(self.content, Batch):
             return self
-        return _Packet(self.content.map(torch.Tensor.pin_memory))
+        return _Packet(cast(T, self.content.map(torch.Tensor.pin_memory)))
 
 
 @dataclass

@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from kd.data import Collator, Renderer
+from kd.footprint import Whole
 from kd.loss import ForwardKLConfig
 from kd.model import (
     FrozenVLM,
@@ -451,3 +452,20 @@ def test_a_tower_that_is_trained_in_part_is_sharded_block_by_block(family: Famil
     assert of_tower in groups(model)
     next(of_tower[0].parameters()).requires_grad_(True)
     assert all(group in groups(model) for group in apart)
+
+
+@pytest.mark.parametrize("names", [[], ["vision_tower"]], ids=str)
+def test_the_memory_estimate_counts_the_groups_there_are(
+    family: Family, world: World, names: list[str]
+):
+    student = Student(family.model(), ForwardKLConfig().build(0.0))
+    student.freeze(names)
+    counted = Whole.of(student.model)
+    student.distribute(world, ParallelConfig(device="cpu"))
+    states = {m._get_fsdp_state() for m in student.modules() if isinstance(m, FSDPModule)}
+    sizes = {
+        state: sum(p._orig_size.numel() for p in state._fsdp_param_group.fsdp_params)
+        for state in states
+    }
+    assert counted.root == sizes.pop(student._get_fsdp_state())
+    assert counted.largest_groups == sum(sorted(sizes.values())[-2:])
