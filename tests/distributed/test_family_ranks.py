@@ -24,7 +24,10 @@ FAMILIES = [
     "idefics3",
     "smolvlm",
     "mistral3",
+    "qwen3_vl",
 ]
+FROZEN = {"gemma3", "idefics3", "qwen3_vl"}
+"""Whose vision tower is not trained, and so gathered at once; Qwen's projector inside of it is."""
 
 
 def models(family: str, teacher: str, folder: Path) -> list[str]:
@@ -49,6 +52,8 @@ def test_every_family_on_two_ranks_equals_one_process(train, rows, tmp_path, rep
         family: [*base, *models(family, teacher, tmp_path)]
         for family, teacher in zip(FAMILIES, teachers, strict=True)
     }
+    for family in FROZEN:
+        runs[family].append("student.freeze=[vision_tower]")
     two = [
         [*overrides, f"run.name={family}_two", "train.micro_batch_size=1"]
         for family, overrides in runs.items()
