@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ FREE_KEYS = (
     "teacher.retries",
     "teacher.wait_s",
     "data.num_workers",
+    "data.datasets.*.num_workers",  # not read: that of the mixture is
     "train.micro_batch_size",
     "train.grad_accum",
     "batching",
@@ -175,7 +177,7 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         f"{key}: {before.get(key, 'absent')} -> {now.get(key, 'absent')}"
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key)
-        and not any(key == free or key.startswith(f"{free}.") for free in FREE_KEYS)
+        and not any(fnmatchcase(key, free) or key.startswith(f"{free}.") for free in FREE_KEYS)
     ]
 
 

@@ -58,10 +58,9 @@ class DFlash:
         self.optimizer, self.scheduler = cfg.optim.build(self.draft, cfg.train.max_steps)
         self.sync_every = sync_every_micro_batch(cfg, world)
         renderer = Renderer(self.processor, cfg.target.processor.chat_template_kwargs)
-        found, lockstep = self.target.positions, world.size > 1
-        self.collator = Collator(
-            renderer, None, cfg.data.max_length, lockstep, positions=(found, found)
-        )
+        sides = renderer, None, cfg.data.max_length, world.size > 1
+        positions = self.target.positions, self.target.positions
+        self.collator = Collator(*sides, positions=positions)
         self.policy = self.build_policy(renderer)
         self.states = build_states(cfg, self.target, self.processor, world)
         self.source = self.build_source()

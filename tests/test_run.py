@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch._dynamo.backends.debugging import aot_eager
 
+from kd.rundir import differences
 from tests.conftest import metrics
 
 SWEEP = [
@@ -95,3 +96,15 @@ def test_other_parallelism_is_refused(train, capsys):
     with pytest.raises(SystemExit):
         train("digits_teacher", "tensor", "parallel.tp_size=2")
     assert "no tensor or pipeline parallelism" in capsys.readouterr().err
+
+
+def test_a_run_may_resume_with_other_workers_also_of_the_parts_of_a_mixture():
+    """Their default was another once."""
+    before = {"data.num_workers": 2, "data.datasets.mine.num_workers": 0, "data.max_length": 9}
+    now = {"data.num_workers": None, "data.datasets.mine.num_workers": None, "data.max_length": 9}
+    assert differences(before, now) == []
+    assert differences(before, now | {"data.max_length": 8}) == ["data.max_length: 9 -> 8"]
+    other = {"data.datasets.mine.path": "b"}
+    assert differences({"data.datasets.mine.path": "a"}, other) == [
+        "data.datasets.mine.path: a -> b"
+    ]

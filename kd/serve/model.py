@@ -67,11 +67,8 @@ class ServedModel:
         self.vlm = loaded.vlm
         text = self.vlm.model.config.get_text_config().to_dict()
         max_length = config.serve.length_for(text.get("max_position_embeddings"))
-        self.collate = Collator(
-            *(renderer, None, max_length),
-            lockstep=world.size > 1,
-            positions=(self.vlm.positions, self.vlm.positions),
-        )
+        lockstep, positions = world.size > 1, (self.vlm.positions, self.vlm.positions)
+        self.collate = Collator(renderer, None, max_length, lockstep, positions=positions)
         dense = self._dense([])  # also what is slow the first time
         self.head = pack_head(dense.weight_VD, dense.bias_V) if world.is_main else b""
         self.info = self._info(renderer, dense, max_length)
