@@ -216,29 +216,39 @@ class Whole:
 
     parameters: int
     trained: int
-    largest_groups: int
-    """The two largest together."""
+    largest_block: int
+    tower: int
+    """In the blocks of a frozen vision tower, which are one group; 0: they are groups each."""
     root: int
     """In the root group, the head among them: whole on every rank during a step."""
     head: int
     trained_head: int
 
     def gathered_by(self, placed: nn.Module) -> int:
-        """Whole on a rank at once: the root, a group, and the one that is gathered meanwhile."""
-        return (self.root + self.largest_groups) * isinstance(placed, FSDPModule)
+        """Whole on a rank at once: the root, a block, and the one that is gathered meanwhile.
+
+        A frozen tower is whole before a student keeps activations, which then take more.
+        """
+        largest = self.largest_block
+        if isinstance(placed, FrozenVLM):
+            largest = max(largest, self.tower)
+        return (self.root + self.largest_block + largest) * isinstance(placed, FSDPModule)
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Whole:
         """Count those of a model."""
         head = model.get_output_embeddings().weight
-        sizes = [sum(p.numel() for m in group for p in m.parameters()) for group in groups(model)]
+        apart, together = groups(model)
+        alone = [sum(p.numel() for p in module.parameters()) for module in apart]
+        tower = sum(p.numel() for block in together for p in block.parameters())
         parameters = sum(p.numel() for p in model.parameters())
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         return cls(
             parameters,
             trained,
-            sum(sorted(sizes)[-2:]),
-            parameters - sum(sizes),
+            max(alone),
+            tower,
+            parameters - sum(alone) - tower,
             head.numel(),
             head.numel() * head.requires_grad,
         )

@@ -37,10 +37,10 @@ def blocks(model: PreTrainedModel) -> list[nn.Module]:
     return layers or [module for module in modules if type(module).__name__ in names]
 
 
-def groups(model: PreTrainedModel) -> list[list[nn.Module]]:
-    """The modules that are gathered together, the root's rest apart.
+def groups(model: PreTrainedModel) -> tuple[list[nn.Module], list[nn.Module]]:
+    """Modules that are gathered one by one, and those that are gathered together.
 
-    The blocks of a frozen vision tower are one group: one gather instead of one for each, at the
+    The latter are the blocks of a frozen vision tower: one gather instead of one for each, at the
     price of the memory of all of them while the tower runs.
     """
     found, together = blocks(model), []
@@ -50,10 +50,11 @@ def groups(model: PreTrainedModel) -> list[list[nn.Module]]:
     if tower not in (model, model.base_model, model.get_decoder()) and is_frozen(tower):
         inside = set(tower.modules())
         together = [block for block in found if block in inside]
-    apart = [[block] for block in found if block not in together]
+    apart = [block for block in found if block not in together]
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    untied = [[embedding]] if embedding.weight is not head.weight else []
-    return apart + ([together] if together else []) + untied
+    if embedding.weight is not head.weight:
+        apart.append(embedding)
+    return apart, together
 
 
 def is_frozen(tower: nn.Module) -> bool:
@@ -89,7 +90,8 @@ def shard(
     )
     offload = offload_policy(world, cpu_offload)
     compile_blocks(blocks(model.get_decoder()), config)
-    for group in groups(model):
+    apart, together = groups(model)
+    for group in [*apart, *([together] if together else [])]:
         fully_shard(group, mesh=world.mesh, mp_policy=policy, offload_policy=offload)
     fully_shard(root, mesh=world.mesh, mp_policy=policy, offload_policy=offload)
     if world.size > 1:

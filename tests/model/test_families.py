@@ -446,26 +446,32 @@ def test_a_frozen_tower_is_one_group_and_changes_nothing(
 def test_a_tower_that_is_trained_in_part_is_sharded_block_by_block(family: Family):
     model = family.model()
     of_tower = blocks(model.get_encoder(modality="image"))
-    apart = [[block] for block in of_tower]
-    assert all(group in groups(model) for group in apart)
+    apart, together = groups(model)
+    assert set(of_tower) <= set(apart) and not together
     FrozenVLM(model)
-    assert of_tower in groups(model)
+    apart, together = groups(model)
+    assert together == of_tower and not set(of_tower) & set(apart)
     next(of_tower[0].parameters()).requires_grad_(True)
-    assert all(group in groups(model) for group in apart)
+    apart, together = groups(model)
+    assert set(of_tower) <= set(apart) and not together
 
 
-@pytest.mark.parametrize("names", [[], ["vision_tower"]], ids=str)
+@pytest.mark.parametrize("frozen", [False, True])
 def test_the_memory_estimate_counts_the_groups_there_are(
-    family: Family, world: World, names: list[str]
+    family: Family, world: World, frozen: bool
 ):
-    student = Student(family.model(), ForwardKLConfig().build(0.0))
-    student.freeze(names)
-    counted = Whole.of(student.model)
-    student.distribute(world, ParallelConfig(device="cpu"))
-    states = {m._get_fsdp_state() for m in student.modules() if isinstance(m, FSDPModule)}
+    model = family.model()
+    vlm = FrozenVLM(model) if frozen else Student(model, ForwardKLConfig().build(0.0))
+    counted = Whole.of(model)
+    vlm.distribute(world, ParallelConfig(device="cpu"))
+    states = {m._get_fsdp_state() for m in vlm.modules() if isinstance(m, FSDPModule)}
     sizes = {
         state: sum(p._orig_size.numel() for p in state._fsdp_param_group.fsdp_params)
         for state in states
     }
-    assert counted.root == sizes.pop(student._get_fsdp_state())
-    assert counted.largest_groups == sum(sorted(sizes.values())[-2:])
+    root = sizes.pop(vlm._get_fsdp_state())
+    tower = sizes.pop(blocks(model.get_encoder(modality="image"))[0]._get_fsdp_state())
+    largest = max(*sizes.values(), 0 if frozen else tower)
+    assert (counted.root, counted.largest_block) == (root, largest)
+    assert counted.tower == tower * frozen
+    assert counted.gathered_by(vlm) == root + largest + max(largest, tower)
