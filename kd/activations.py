@@ -1,4 +1,4 @@
-"""What the blocks of a language model keep for the backward, counted from their modules.
+"""What the blocks of a model keep for the backward, counted from their modules.
 
 An estimate, for kernels that keep no matrix of attention and no states of a linear one; and what
 transformers' gated delta rule in PyTorch keeps, where it is in the place of its kernel.
@@ -101,9 +101,13 @@ def _kept_by(module: nn.Module, top_k: int, itemsize: int) -> int:
     kept = itemsize * (sum(inputs) + sum(outputs))
     if "q_proj" not in linears:  # a gated feed-forward: the gate after its activation
         kept += itemsize * sum(size for size in inputs if outputs.count(size) > 1)
+    if "qkv" in linears:  # cut in three, of which two are turned by the rotary embedding
+        kept += itemsize * 2 * linears["qkv"].out_features // 3
     for name, child in children.items():
         if isinstance(child, nn.Conv1d):
             kept += itemsize * (child.in_channels + child.out_channels)
+        elif isinstance(child, nn.LayerNorm):  # of vision towers: its input alone
+            kept += itemsize * child.normalized_shape[-1]
         elif "Norm" in type(child).__name__:
             # Its input in float32, and that normalised; by head, it is all of a projection.
             projection = linears.get(f"{name[0]}_proj")

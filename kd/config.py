@@ -316,6 +316,7 @@ class AnyRun(Protocol):
     logger: LoggerConfig
     profile: bool
     profile_steps: list[int]
+    traceback: bool
 
 
 def validate_run(config: AnyRun) -> None:

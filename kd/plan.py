@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import torch
 from hydra import compose, initialize_config_dir
@@ -25,8 +23,10 @@ from kd.activations import torch_note
 from kd.config import VlmKDConfig, register, typed_object, validate
 from kd.config_dflash import register_dflash
 from kd.flops import Row, Work
-from kd.footprint import GIB, Plan, Sizes, footprint, measure, pretend_ranks
+from kd.footprint import measure, pretend_ranks, served_head
 from kd.launch import command_mistakes, config_dir, job_mistakes, set_up_messages
+from kd.memory_estimate import GIB, Rung, largest_micro_batch
+from kd.memory_options import SERVED, rows_per_step, rungs
 from kd.model import FrozenVLM, Student
 from kd.objective_loop import default_budget_mib
 from kd.parallel import RESERVED_GIB
@@ -36,59 +36,6 @@ from kd.types import UserError
 MOST_GPUS = 64
 CHECKPOINTS = "parallel.activation_checkpointing=true"
 CPU_OFFLOAD = "parallel.cpu_offload=true"
-
-
-@dataclass(frozen=True)
-class Rung:
-    """Settings that take less memory than those before."""
-
-    overrides: list[str]
-    """On top of the config."""
-    plan: Callable[[int], Plan]
-    """With so many rows in a micro-batch."""
-
-
-def rungs(config: VlmKDConfig, student: Sizes, teacher: Sizes | None) -> Iterator[Rung]:
-    """The config as it is, and then with one more change each that saves memory and costs time."""
-    config, overrides = copy.deepcopy(config), []
-    parallel = config.parallel
-    rows_of_a_rank = rows_per_step(config) / parallel.nproc
-
-    def rung(teacher: Sizes | None) -> Rung:
-        mine = copy.deepcopy(config)
-
-        def plan(rows: int) -> Plan:
-            mine.train.micro_batch_size = rows
-            mine.train.grad_accum = 1 if rows >= rows_of_a_rank else 2
-            return footprint(mine, student, teacher)
-
-        return Rung(list(overrides), plan)
-
-    yield rung(teacher)
-    for name in ("activation_checkpointing", "sync_every_micro_batch"):
-        if not getattr(parallel, name):  # auto: as if true, on one node and where it has to
-            setattr(parallel, name, True)
-            overrides.append(f"parallel.{name}=true")
-            yield rung(teacher)
-    local = config.asked_teacher
-    if isinstance(local, LocalTeacherConfig):
-        if not (local.offload or local.cpu_offload):
-            local.offload = True
-            overrides.append("teacher.offload=true")
-            yield rung(teacher)
-            overrides.pop()
-        overrides.append("teacher=server")
-        yield rung(None)
-    if not parallel.cpu_offload:
-        parallel.cpu_offload = True
-        overrides.append("parallel.cpu_offload=true")
-        yield rung(None)
-
-
-def largest_micro_batch(plan: Callable[[int], Plan], room: float, most: int) -> int:
-    """A divisor of `most`, the rows of a rank; 0: not even one row fits."""
-    divisors = (rows for rows in range(1, most + 1) if most % rows == 0)
-    return max((rows for rows in divisors if plan(rows).total <= room), default=0)
 
 
 class Planner:
@@ -114,10 +61,11 @@ class Planner:
         config = copy.deepcopy(self.config)
         config.parallel.nproc = gpus
         config.loss.chunk_mib = self.chunk_mib
-        sizes = measure(config, with_kernels=self.with_kernels)
+        with pretend_ranks(config.parallel) as world:
+            sizes = measure(config, world, with_kernels=self.with_kernels)
         most = -(-rows_per_step(config) // gpus)
         found: list[tuple[Rung, int]] = []
-        for rung in rungs(config, *sizes):
+        for rung in rungs(config, *sizes, served_head(config) or 0):
             rows = largest_micro_batch(rung.plan, self.room, most)
             if not found or _saves(rung, rows, *found[-1]):
                 found.append((rung, rows))
@@ -157,29 +105,23 @@ def operations(config: VlmKDConfig, row: Row) -> tuple[float, float]:
     return rows * (plain + teacher), rows * (checkpointed + teacher)
 
 
-def rows_per_step(config: VlmKDConfig) -> int:
-    """`train.global_batch_size`, which a checked config has."""
-    assert config.train.global_batch_size is not None
-    return config.train.global_batch_size
-
-
 def show(planner: Planner, gpus: int, console: Console) -> None:
     """One number of GPUs: its table, and what is suggested."""
     table = Table(
         title=f"{gpus} GPU(s), {planner.room / GIB:.0f} GiB of each", title_justify="left"
     )
     table.add_column("on top of the config")
-    for name in ("rows at a time", "GiB on a rank", "step, s"):
+    for name in ("micro-batch", "GiB on a rank", "step, s"):
         table.add_column(name, justify="right")
     found, suggested = planner.on(gpus), None
     for rung, rows in found:
         plan = rung.plan(max(1, rows))
         checkpointing = planner.checkpoints or CHECKPOINTS in rung.overrides
         seconds = f"{planner.seconds(gpus, checkpointing=checkpointing):.2f}" if rows else ""
-        if "teacher=server" in rung.overrides or CPU_OFFLOAD in rung.overrides:
+        if SERVED in rung.overrides or CPU_OFFLOAD in rung.overrides:
             seconds = ""  # of the student alone, or with the bus between: not known from counts
-        name = "\n".join(rung.overrides) or "as it is"
-        table.add_row(name, str(rows or "no"), f"{plan.total / GIB:.1f}", seconds)
+        name = "\n".join(rung.overrides) or "baseline"
+        table.add_row(name, str(rows or "does not fit"), f"{plan.total / GIB:.1f}", seconds)
         table.add_section()
         if rows and suggested is None:
             suggested = [f"parallel.nproc={gpus}", f"train.micro_batch_size={rows}"]
@@ -203,7 +145,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--reserve-gib", type=float, default=RESERVED_GIB, help="for CUDA, NCCL, allocator"
     )
-    made.add_argument("--tflops", type=float, default=300.0, help="that a GPU does in fact")
+    made.add_argument("--tflops", type=float, default=300.0, help="that a GPU achieves")
     made.add_argument("--row-tokens", type=int, help="of a row on average; data.max_length")
     made.add_argument("--image-tokens", type=int, default=0, help="of them, of images")
     made.add_argument("--response-tokens", type=int, help="of them, trained on; all")

@@ -32,8 +32,9 @@ from kd.dflash import (
 from kd.logger.report import write_report
 from kd.metrics import Timer, memory
 from kd.optim import clip_gradients
+from kd.out_of_memory import explain_out_of_memory
 from kd.parallel import World, sync_gradients
-from kd.plan_dflash import print_plan, sync_every_micro_batch
+from kd.plan_dflash import options, print_plan, sync_every_micro_batch
 from kd.profile import Profiler
 from kd.rollout import Parts, Policy
 from kd.rundir import RunDir
@@ -327,9 +328,10 @@ def main(cfg: DFlashConfig, overrides: list[str]) -> None:
         return
     world = cfg.parallel.build()
     try:
-        run_dir = RunDir(cfg.run.path, world)
-        run_dir.open(dataclasses.asdict(cfg), overrides, cfg.run.resume)
-        DFlash(cfg, world).train(run_dir)
+        with explain_out_of_memory(cfg, world, options):
+            run_dir = RunDir(cfg.run.path, world)
+            run_dir.open(dataclasses.asdict(cfg), overrides, cfg.run.resume)
+            DFlash(cfg, world).train(run_dir)
     except Stopped:
         world.barrier()  # a launcher ends those who are left when the first has gone
         world.close()

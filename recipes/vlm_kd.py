@@ -26,9 +26,11 @@ from kd.footprint import print_plan, sync_every_micro_batch
 from kd.logger import RolloutRecord
 from kd.logger.report import write_report
 from kd.loss import AlignedLossConfig
+from kd.memory_options import options
 from kd.metrics import Counts, Datasets, LossSum, Timer, memory
 from kd.model import VLM, Pairing, Student, check_images, export, pair
 from kd.optim import clip_gradients
+from kd.out_of_memory import explain_out_of_memory
 from kd.parallel import World, sync_gradients
 from kd.profile import Profiler
 from kd.rollout import Parts, Policy
@@ -391,14 +393,15 @@ def main(cfg: VlmKDConfig, overrides: list[str]) -> None:
         log.info("kd_ratio=0: no teacher is loaded")
     world = cfg.parallel.build()
     try:
-        if cfg.doctor is DoctorMode.only:
-            recipe = VlmKD(cfg, world)
-            recipe.examine()
-            recipe.teacher.close()
-        else:
-            run_dir = RunDir(cfg.run.path, world)
-            run_dir.open(dataclasses.asdict(cfg), overrides, cfg.run.resume)
-            VlmKD(cfg, world).train(run_dir)
+        with explain_out_of_memory(cfg, world, options):
+            if cfg.doctor is DoctorMode.only:
+                recipe = VlmKD(cfg, world)
+                recipe.examine()
+                recipe.teacher.close()
+            else:
+                run_dir = RunDir(cfg.run.path, world)
+                run_dir.open(dataclasses.asdict(cfg), overrides, cfg.run.resume)
+                VlmKD(cfg, world).train(run_dir)
     except Stopped:
         world.barrier()  # a launcher ends those who are left when the first has gone
         world.close()

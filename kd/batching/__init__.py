@@ -2,9 +2,16 @@
 
 from kd.batching.config import (
     BatchingConfig,
+    BudgetBatching,
     FixedBatching,
     PackedBatching,
     TokenBudgetBatching,
 )
 
-__all__ = ["BatchingConfig", "FixedBatching", "PackedBatching", "TokenBudgetBatching"]
+__all__ = [
+    "BatchingConfig",
+    "BudgetBatching",
+    "FixedBatching",
+    "PackedBatching",
+    "TokenBudgetBatching",
+]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from kd.align import NEEDS_ALIGNED_LOSS, AlignedTargets
@@ -200,6 +201,14 @@ class LossConfig:
     def build(self, kd_ratio: float) -> Objective:
         """The objective that mixes CE with this divergence by `kd_ratio`."""
         raise NotImplementedError
+
+    def meta_body(self, kd_ratio: float, teacher_vocab: int) -> Body:
+        """The body for a teacher's whole distribution of one tokenizer, without memory."""
+        targets = None
+        if kd_ratio > 0:
+            hidden_ND, weight_VD = (torch.empty(n, 1, device="meta") for n in (0, teacher_vocab))
+            targets = DenseTargets(hidden_ND, weight_VD)
+        return body_for(targets, self.build(kd_ratio))
 
     def _build(
         self, name: str, divergence: Divergence, kd_ratio: float, beta: float = 0.5

@@ -85,6 +85,8 @@ def check_images(vlm: VLM, prompts: Callable[[list[Sample]], Inputs], device: to
     sample = Sample("probe", [{"role": "user", "content": content}], [image], None)
     try:
         vlm.generate(prompts([sample]).to(device), 1, [0], [])
+    except torch.OutOfMemoryError:  # a RuntimeError, and nothing of the settings
+        raise
     except (ValueError, RuntimeError, IndexError) as error:
         raise UserError(
             f"{type(vlm.model).__name__} cannot read what its processor makes of an image with "

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from transformers import ProcessorMixin
+from transformers import AutoConfig, ProcessorMixin
 
 from kd.model import PretrainedModel, ProcessorConfig
 from kd.parallel import ParallelConfig, World
@@ -88,6 +88,25 @@ class ServerTeacherConfig(TeacherConfig):
     def is_told_ahead(self) -> bool:
         """See the base class."""
         return self.ahead
+
+    def head_numbers(self) -> int | None:
+        """Of the head that is sent, and lies on the device; 0: none is.
+
+        None: not known, as neither a folder nor the hub's local cache has the teacher's config.
+        """
+        if not self.is_dense:
+            return 0
+        try:
+            config = AutoConfig.from_pretrained(
+                self.name,
+                revision=self.revision,
+                trust_remote_code=self.trust_remote_code,
+                local_files_only=True,
+            )
+        except (OSError, ValueError):
+            return None
+        text = config.get_text_config(decoder=True)
+        return text.hidden_size * text.vocab_size
 
     def identity(self, parallel: ParallelConfig) -> dict[str, str]:
         """See the base class; the servers tell of their weights."""
