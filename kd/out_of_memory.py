@@ -12,6 +12,7 @@ import functools
 import inspect
 import itertools
 import logging
+import math
 import os
 import re
 import time
@@ -29,7 +30,7 @@ from kd.checkpoint import Checkpoints
 from kd.config import AnyRun
 from kd.dflash import Target, read_blocks
 from kd.doctor import Doctor
-from kd.memory_estimate import GIB, Plan, Rung, largest_micro_batch
+from kd.memory_estimate import GIB, Plan, Rung
 from kd.model import VLM, Student, check_images, export
 from kd.objective import chunked_objective
 from kd.optim import clip_gradients
@@ -231,8 +232,8 @@ def explanation(
     yield from memory.lines()
     try:
         plan, rungs = options(config, world)
-        rows = _rows_of_a_rank(config)
-        fitting = list(_fitting(rungs, rows, _room(memory, plan)))
+        found = _fitting(config, rungs, _room(memory, plan))
+        fitting = list(itertools.islice(found, SHOWN))
     except Exception as error:  # of any kind: what is wrong is the memory
         yield f"no memory estimate: {str(error).partition(chr(10))[0] or type(error).__name__}"
         return
@@ -259,19 +260,22 @@ def _room(memory: DeviceMemory, plan: Plan) -> float:
     return min(plan.total - 1, memory.total - memory.others - RESERVED_GIB * GIB)
 
 
-def _rows_of_a_rank(config: AnyRun) -> int:
+def _fitting(config: AnyRun, rungs: list[Rung], room: float) -> Iterator[tuple[list[str], int]]:
+    """Overrides and totals that fit, each less than the one before; no larger micro-batch."""
+    rows, least = config.train.micro_batch_size, math.inf
     assert config.train.grad_accum is not None  # settled when the config was checked
-    return config.train.micro_batch_size * config.train.grad_accum
-
-
-def _fitting(rungs: list[Rung], rows: int, room: float) -> Iterator[tuple[list[str], int]]:
-    """The first few that fit, with the micro-batch that they fit with."""
-    found = ((rung, largest_micro_batch(rung.plan, room, rows)) for rung in rungs)
-    for rung, micro in itertools.islice(((r, m) for r, m in found if m), SHOWN):
-        split = [f"train.micro_batch_size={micro}", f"train.grad_accum={rows // micro}"]
-        if rung.plan(1).total == rung.plan(rows).total:  # micro-batches have a budget of tokens
-            split = []
-        yield [*split, *rung.overrides], rung.plan(micro).total
+    of_a_rank = rows * config.train.grad_accum
+    for rung in rungs:
+        for micro in range(rows, 0, -1):
+            total = rung.plan(micro).total
+            if of_a_rank % micro == 0 and total <= room and total < least:
+                split = [
+                    f"train.micro_batch_size={micro}",
+                    f"train.grad_accum={of_a_rank // micro}",
+                ]
+                yield [*(split if micro < rows else []), *rung.overrides], total
+                least = total
+                break
 
 
 # ---- what is safe --------------------------------------------------------------------------------
