@@ -18,6 +18,8 @@ from kd.parallel import blocks
 TOP_K = ("num_experts_per_tok", "moe_k")
 FLOAT32_BYTES = 4
 DELTA_RULE = "chunk_gated_delta_rule"
+AROUND = 3
+"""Hidden states beside a block's child while it runs: the residual, its norm, its input."""
 
 
 def kept_bytes(
@@ -34,8 +36,7 @@ def kept_bytes(
     layers run on this machine, or as where the kernels of linear attention are installed.
     """
     text = model.config.get_text_config()
-    values = text.to_dict()
-    top_k = next((values[name] for name in TOP_K if values.get(name)), 1)
+    top_k = _top_k(model)
     kept = [
         kept_per_token(block, top_k, itemsize) + (0 if with_kernels else kept_in_torch(block))
         for block in blocks(model.get_decoder())
@@ -43,6 +44,19 @@ def kept_bytes(
     if checkpointing:
         return tokens * (len(kept) * text.hidden_size * itemsize + max(kept))
     return tokens * sum(kept)
+
+
+def _top_k(model: PreTrainedModel) -> int:
+    values = model.config.get_text_config().to_dict()
+    return next((values[name] for name in TOP_K if values.get(name)), 1)
+
+
+def read_per_token(model: PreTrainedModel, itemsize: int) -> int:
+    """Bytes while a block runs that has no backward: of its largest child, and around it."""
+    text = model.config.get_text_config()
+    children = [child for block in blocks(model.get_decoder()) for child in block.children()]
+    largest = max(kept_per_token(child, _top_k(model), itemsize) for child in children)
+    return largest + AROUND * text.hidden_size * itemsize
 
 
 def kept_per_token(block: nn.Module, top_k: int, itemsize: int) -> int:

@@ -18,7 +18,7 @@ from rich.table import Table
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import PreTrainedModel
 
-from kd.activations import FLOAT32_BYTES, kept_bytes, torch_note
+from kd.activations import FLOAT32_BYTES, kept_bytes, read_per_token, torch_note
 from kd.config import VlmKDConfig
 from kd.loss import AlignedLossConfig
 from kd.memory_estimate import (
@@ -39,7 +39,6 @@ from kd.parallel import (
     ParallelConfig,
     Reduction,
     World,
-    blocks,
     choose_reduction,
     local,
 )
@@ -152,10 +151,8 @@ class _Counter:
 
     def __init__(self, config: VlmKDConfig, model: PreTrainedModel, *, with_kernels: bool) -> None:
         self.itemsize = DTYPES[config.parallel.compute_dtype].itemsize
-        self.width, self.layers = (
-            model.config.get_text_config().hidden_size,
-            len(blocks(model.get_decoder())),
-        )
+        self.width = model.config.get_text_config().hidden_size
+        self.read = read_per_token(model, self.itemsize)
         self.text = [
             kept_bytes(model, 1, self.itemsize, checkpointing=some, with_kernels=with_kernels)
             for some in (False, True)
@@ -170,8 +167,8 @@ class _Counter:
         return Kept(self.text[checkpointing] + ends, per_patch, self.patches)
 
     def by_teacher(self) -> Kept:
-        """One block while it runs."""
-        return Kept(self.text[True] - self.layers * self.width * self.itemsize)
+        """It has no backward."""
+        return Kept(self.read)
 
 
 def footprint(

@@ -36,6 +36,7 @@ from kd.objective import chunked_objective
 from kd.optim import clip_gradients
 from kd.parallel import RESERVED_GIB, World
 from kd.process import ALLOCATOR
+from kd.teacher.local import LocalTeacher, OffloadedTeacher
 from kd.types import Batch, UserError
 from kd.validation import Validator
 from kd.validation_dflash import DraftEvaluator
@@ -118,7 +119,8 @@ def _places() -> tuple[dict[CodeType, str], dict[CodeType, str]]:
         Tensor.backward: "the backward",
         Student.distill: "the student's forward",
         chunked_objective: "the loss",
-        VLM.targets: "the teacher's forward",
+        LocalTeacher.targets: "the teacher's forward",
+        OffloadedTeacher.expect: "the teacher's forward",
         VLM.generate: "generating responses",
         VLM.place: "placing a model on the device",
         Target.states: "the target's forward",

@@ -3,8 +3,9 @@
     python scripts/bench_plan.py
 
 Random models of Qwen3-VL's architecture on a CPU, in float32, with 32,768 vocabulary entries; rows
-of one length. Measured: the most that the process holds while it trains (resident pages, read every
-5 ms over two steps), less what it holds before the models are built. glibc is told to give freed
+of one length. Measured: the tensors that are there between two steps, and what the process
+(resident pages, read every 5 ms over two steps) takes at most beyond what it has between them. So
+code, compiler and threads do not count, which are no memory of a GPU. glibc is told to give freed
 blocks of 1 MiB and more back at once (MALLOC_MMAP_THRESHOLD_): left alone it keeps hundreds of MiB.
 """
 
@@ -23,28 +24,47 @@ from pathlib import Path
 
 import torch
 from hydra import compose, initialize_config_dir
+from peak_bytes import held_tensors
+from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.utils import logging as transformers_logging
 
-from kd.config import VlmKDConfig, register, to_object, validate
-from kd.footprint import make_plan
+from kd import footprint, plan_dflash
+from kd.config import VlmKDConfig, register
+from kd.config_dflash import DFlashConfig, register_dflash
 from kd.launch import config_dir
 from kd.model.tiny import build_processor
+from kd.run import checked
+from recipes.dflash import DFlash
 from recipes.vlm_kd import VlmKD
 
 ROW_TOKENS, VOCAB = 384, 32_768
+RANKS = {"two ranks": 2, "two ranks, reduced at every micro-batch": 2}
+"""Of cases that have more than one; rank 0 is measured."""
 CASES = {
     "student and teacher": [],
     "student alone": ["kd_ratio=0"],
     "activation checkpointing": ["parallel.activation_checkpointing=true"],
     "twice the rows": ["train.micro_batch_size=4", "train.global_batch_size=8"],
-    "sync after each micro-batch": ["parallel.sync_every_micro_batch=true"],
+    "one micro-batch a step": ["train.global_batch_size=2"],
     "bfloat16": ["parallel=bf16", "parallel.activation_checkpointing=false"],
     "adapters": ["student.lora.rank=16"],
+    "jsd": ["loss=jsd"],
+    "two ranks": ["train.global_batch_size=8", "parallel.sync_every_micro_batch=false"],
+    "two ranks, reduced at every micro-batch": [
+        "train.global_batch_size=8",
+        "parallel.sync_every_micro_batch=true",
+    ],
+    "vision tower trained": ["student.name={folder}/seeing", "data.path={folder}/images.jsonl"],
+    "vision tower frozen": [
+        *("student.name={folder}/seeing", "data.path={folder}/images.jsonl"),
+        "student.freeze=[vision_tower]",
+    ],
+    "dflash": [],
 }
 
 
-def architecture(width: int, layers: int) -> dict:
+def architecture(width: int, layers: int, sight: int = 64) -> dict:
     """Of a model as wide and deep."""
     text = {
         "hidden_size": width,
@@ -63,9 +83,9 @@ def architecture(width: int, layers: int) -> dict:
         },
     }
     vision = {
-        "depth": 2,
-        "hidden_size": 64,
-        "intermediate_size": 128,
+        "depth": 2 if sight == 64 else 8,
+        "hidden_size": sight,
+        "intermediate_size": 2 * sight,
         "num_heads": 4,
         "out_hidden_size": width,
         "num_position_embeddings": 64,
@@ -77,41 +97,52 @@ def architecture(width: int, layers: int) -> dict:
 def write_models(folder: Path) -> None:
     """student and teacher, and rows.jsonl."""
     processor = build_processor(["one two three"])
-    for name, width, layers in (("student", 512, 8), ("teacher", 768, 8)):
-        config = AutoConfig.for_model("qwen3_vl", **architecture(width, layers))
+    models = {"student": (512, 8), "teacher": (768, 8), "seeing": (512, 8, 256)}
+    for name, sizes in models.items():
+        config = AutoConfig.for_model("qwen3_vl", **architecture(*sizes))
         for key in ("image_token_id", "video_token_id"):
             token = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>"}[key]
             setattr(config, key, processor.tokenizer.convert_tokens_to_ids(token))
         AutoModelForImageTextToText.from_config(config).save_pretrained(folder / name)
         processor.save_pretrained(folder / name)
-    tokens_of_prompt = 32
-    answer = "a" * (ROW_TOKENS - tokens_of_prompt)
-    row = {
-        "messages": [
-            {"role": "user", "content": "b"},
+    tokens_of_prompt, tokens_of_image = 32, 256
+    Image.new("RGB", (512, 512), "teal").save(folder / "image.png")
+    image = {"type": "image", "path": "image.png"}
+    for name, parts, taken in (("rows", [], 0), ("images", [image], tokens_of_image)):
+        content = [*parts, {"type": "text", "text": "b"}]
+        answer = "a" * (ROW_TOKENS - tokens_of_prompt - taken)
+        messages = [
+            {"role": "user", "content": content},
             {"role": "assistant", "content": answer},
         ]
-    }
-    with (folder / "rows.jsonl").open("w") as file:
-        for i in range(64):
-            file.write(json.dumps({"id": str(i), **row}) + "\n")
+        with (folder / f"{name}.jsonl").open("w") as file:
+            for i in range(64):
+                file.write(json.dumps({"id": str(i), "messages": messages}) + "\n")
 
 
-def config_of(folder: Path, overrides: list[str]) -> VlmKDConfig:
+def config_of(folder: Path, case: str) -> VlmKDConfig | DFlashConfig:
     """Composed and checked."""
     register()
+    register_dflash()
     base = [
-        *("student=pretrained", f"student.name={folder / 'student'}", "student.freeze=[]"),
-        *("teacher=local", f"teacher.name={folder / 'teacher'}", "teacher.dtype=float32"),
         *("data=conversations", f"data.path={folder / 'rows.jsonl'}", "data.num_workers=0"),
         *("train.micro_batch_size=2", "train.global_batch_size=4", "train.val_every=null"),
-        *(f"data.max_length={ROW_TOKENS}", "logger=jsonl", "parallel=fsdp", "doctor=never"),
+        *(f"data.max_length={ROW_TOKENS}", "logger=jsonl", "parallel=fsdp"),
         "parallel.sync_every_micro_batch=false",
     ]
+    name = "qwen_vl_kd"
+    if case == "dflash":
+        name = "dflash"
+        base += ["target=pretrained", f"target.name={folder / 'student'}", "target.dtype=float32"]
+        base += ["rollout=dataset", "draft=dflash", "draft.num_anchors=64", "draft.block_size=8"]
+        base += ["draft.num_layers=3", "draft.num_taps=3"]
+    else:
+        base += ["student=pretrained", f"student.name={folder / 'student'}", "student.freeze=[]"]
+        base += ["teacher=local", f"teacher.name={folder / 'teacher'}", "teacher.dtype=float32"]
+        base += ["student.processor.max_pixels=262144", "doctor=never"]
+    overrides = [override.format(folder=folder) for override in CASES[case]]
     with initialize_config_dir(config_dir(), version_base="1.3"):
-        config = to_object(compose("qwen_vl_kd", overrides=[*base, *overrides]))
-    validate(config)
-    return config
+        return checked(compose(name, overrides=[*base, *overrides]))
 
 
 class Peak(threading.Thread):
@@ -134,29 +165,35 @@ def resident() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def measure(folder: Path, name: str) -> None:
+def measure(folder: Path, case: str) -> None:
     """One case, in a process of its own: prints predicted and measured bytes."""
-    config = config_of(folder, CASES[name])
-    predicted = make_plan(config)
+    config = config_of(folder, case)
+    draft = isinstance(config, DFlashConfig)
+    predicted = plan_dflash.make_plan(config) if draft else footprint.make_plan(config)
     world = config.parallel.build()
+    run = DFlash(config, world) if draft else VlmKD(config, world)
+    for _ in range(2):  # AdamW makes its moments, and the loss is compiled
+        run.train_step()
     gc.collect()
-    before = resident()
-    run = VlmKD(config, world)
-    run.train_step()  # AdamW makes its moments
-    gc.collect()
+    between, held = resident(), held_tensors()
     peak = Peak()
     peak.start()
     for _ in range(2):
         run.train_step()
     peak.stop = True
     peak.join()
-    print(json.dumps([predicted.total, peak.most - before]))
+    if world.is_main:
+        print(json.dumps([predicted.total, held + peak.most - between]), flush=True)
+    if world.size > 1:
+        world.barrier()
+    world.close()
 
 
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description="predicted against measured memory")
     parser.add_argument("--case", help="of this alone, in this process")
+    parser.add_argument("--only", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--folder", type=Path)
     args = parser.parse_args()
     transformers_logging.set_verbosity_error()
@@ -169,8 +206,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_models(folder)
-        for case in CASES:
-            command = [sys.executable, __file__, "--case", case, "--folder", name]
+        for case in args.only:
+            ranks = ["-m", "torch.distributed.run", f"--nproc-per-node={RANKS.get(case, 1)}"]
+            command = [sys.executable, *(ranks if case in RANKS else []), __file__]
+            command += ["--case", case, "--folder", name]
             env = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
             done = subprocess.run(command, capture_output=True, text=True, env=env)
             if done.returncode:

