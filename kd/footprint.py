@@ -212,7 +212,7 @@ def footprint(
     moments["the end of the backward"] = held | {
         GRADIENTS: after,
         TEACHER: stays,
-        GATHERED: whole_teacher + mine.root + mine.blocks + mine.end_gradients,
+        GATHERED: whole_teacher + mine.root + mine.end_gradients,
         ACTIVATIONS: 0,
         # The head's gradient, and beside it what the embedding adds if it is the same weight.
         LOSS: head * (mine.root == 0) + head * student.whole.tied,

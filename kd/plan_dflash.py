@@ -94,17 +94,21 @@ def count(config: DFlashConfig, sizes: Sizes) -> Plan:
     size = DTYPES[config.parallel.compute_dtype].itemsize
     assert train.micro_batch_size is not None  # settled when the config was checked
     states = size * train.micro_batch_size * config.data.max_length * width
-    learning = target.root + draft.root + draft.blocks
+    whole = target.root + draft.root
     moments = {
         # The layers' states are there twice while they are joined.
         "the target's forward": held
         | {GRADIENTS: between, STATES: 2 * states}
         | {GATHERED: target.root + max(target.start, target.blocks)},
         "the loss, and the start of the backward": held
-        | {GRADIENTS: between, STATES: states, GATHERED: learning + draft.block_gradients}
+        | {
+            GRADIENTS: between,
+            STATES: states,
+            GATHERED: whole + draft.blocks + draft.block_gradients,
+        }
         | {ACTIVATIONS: kept_bytes(config, sizes.draft), LOSS: loss_bytes(config, sizes)},
         "the end of the backward": held
-        | {GRADIENTS: after, STATES: states, GATHERED: learning + draft.end_gradients},
+        | {GRADIENTS: after, STATES: states, GATHERED: whole + draft.end_gradients},
     }
     rows, ranks = train.global_batch_size or 0, config.parallel.num_ranks()
     numbers = ranks, sizes.parameters, sizes.parameters, sizes.target.parameters

@@ -11,7 +11,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
 from kd.activations import kept_bytes, kept_in_torch, kept_per_token
+from kd.model import ProcessorConfig
+from kd.model.parts import find_part
 from kd.parallel import blocks
+from kd.vision_activations import Tower, patches_of_row
 
 TOKENS = 256
 TEXT = {
@@ -122,6 +125,58 @@ def test_gated_delta_rule_of_qwen3_5_4b():
         layer = blocks(AutoModelForImageTextToText.from_config(made).get_decoder())[0]
     assert 2048 * kept_in_torch(layer) / 2**30 == pytest.approx(0.49, abs=0.005)
     assert 8192 * kept_in_torch(layer) / 2**30 == pytest.approx(1.94, abs=0.01)
+
+
+def kept_by_tower(model: PreTrainedModel, inputs: dict[str, Tensor], patches: int) -> list[float]:
+    """Bytes per patch of the storages that each block of the vision tower is the first to keep."""
+    tower = model.get_encoder(modality="image")
+    layers, held = blocks(tower), []
+    seen = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept, running = [0.0] * (len(layers) + 1), [len(layers)]
+
+    def pack(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in seen:
+            seen.add(storage.data_ptr())
+            held.append(x)
+            kept[running[0]] += storage.nbytes() / patches
+        return x
+
+    for number, layer in enumerate(layers):
+        layer.register_forward_pre_hook(lambda *_, number=number: running.__setitem__(0, number))
+        layer.register_forward_hook(lambda *_: running.__setitem__(0, len(layers)))
+    with saved_tensors_hooks(pack, lambda x: x):
+        tower(**inputs)
+    return kept[:-1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", ["qwen3_vl", "gemma3"])
+def test_a_trained_tower_is_near_what_autograd_keeps(family, dtype):
+    """256 patches; the last block, as the first also keeps the tables of positions."""
+    wide, patches = {"hidden_size": 32, "intermediate_size": 128}, 256
+    if family == "qwen3_vl":
+        vision = {**QWEN_VISION, **wide, "depth": 2}
+        made = config(family, vision, rope_parameters=ROPE)
+        inputs = {"grid_thw": torch.tensor([[1, 16, 16]])}
+        inputs["hidden_states"] = torch.randn(patches, 3 * 2 * 16 * 16, dtype=dtype)
+    else:
+        vision = {**VISION, **wide, "num_hidden_layers": 2, "image_size": 224, "patch_size": 14}
+        made = config(family, vision, layer_types=["full_attention"] * 2)
+        inputs = {"pixel_values": torch.randn(1, 3, 224, 224, dtype=dtype)}
+    model = AutoModelForImageTextToText.from_config(made, dtype=dtype).train()
+    assert patches_of_row(model, ProcessorConfig(max_pixels=256 * 256), 1000) == patches
+    tower, found = Tower(model, dtype.itemsize), kept_by_tower(model, inputs, patches)
+    assert tower.kept_per_patch(checkpointing=False) == pytest.approx(2 * found[-1], rel=0.08)
+    inputs_of_blocks = 2 * 32 * dtype.itemsize
+    assert tower.kept_per_patch(checkpointing=True) == pytest.approx(
+        inputs_of_blocks + found[-1], rel=0.08
+    )
+    for name in find_part(model, "vision_tower", "student.freeze"):
+        name.requires_grad_(False)
+    assert tower.kept_per_patch(checkpointing=False) == 0
+    tower.layers[1].requires_grad_(True)
+    assert tower.kept_per_patch(checkpointing=False) == pytest.approx(found[-1], rel=0.08)
 
 
 def test_linear_attention_by_hand():

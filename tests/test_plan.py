@@ -14,9 +14,11 @@ from transformers import AutoModelForImageTextToText
 from kd import plan
 from kd.config import register, to_object, validate
 from kd.flops import Row, Work
-from kd.footprint import GIB, footprint, measure
+from kd.footprint import footprint, make_plan, measure, pretend_ranks
 from kd.launch import config_dir
-from kd.parallel import ParallelConfig, choose_reduction
+from kd.memory_estimate import GIB, GRADIENTS, TEACHER
+from kd.parallel import RESERVED_GIB, ParallelConfig, choose_reduction
+from tests.configs.test_yaml import composed
 from tests.model.families import FAMILIES
 from tests.model.kernels import without_kernels
 
@@ -49,7 +51,8 @@ def test_a_large_model_on_gpus_of_two_sizes(capsys, monkeypatch):
     large = ["--config-name", "qwen_vl_kd", "--gpus"]
     printed = run(capsys, monkeypatch, *large, "1", "2", "--with-kernels")
     one, two = printed.split("2 GPU(s)")
-    assert "suggested: parallel.nproc=1 train.micro_batch_size=2 " in one
+    assert re.search(r"baseline \W+ does not fit \W+ 8\d\.", one)
+    assert "suggested: parallel.nproc=1 train.micro_batch_size=16 " in one
     assert "teacher.offload=true" in one and "sync_every_micro_batch" not in printed
     assert "suggested: parallel.nproc=2 train.micro_batch_size=8 loss.chunk_mib=" in two
     once = "parallel.sync_every_micro_batch=false"
@@ -100,15 +103,17 @@ def test_unsharded_gradients_are_counted_where_they_are_kept(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     validate(config)
-    sizes = measure(config)
+    with pretend_ranks(config.parallel) as world:
+        sizes = measure(config, world)
 
     def gradients(value: bool | str, room_gib: int) -> int:
         monkeypatch.setattr("kd.parallel.accumulation.device_room", lambda _: room_gib * GIB)
         config.parallel.sync_every_micro_batch = value
-        return footprint(config, *sizes).gradients
+        moments = footprint(config, *sizes).moments
+        return moments["the loss, and the start of the backward"][GRADIENTS]
 
     sharded, whole = gradients(True, 80), gradients(False, 80)
-    assert whole == sharded + 4 * sizes[0].whole.trained
+    assert sharded == 4 * sizes[0].trained and whole == 4 * sizes[0].whole.trained
     assert gradients("auto", 80) == whole and gradients("auto", 30) == sharded
 
 
@@ -122,6 +127,29 @@ def test_alone_in_one_precision_nothing_is_gathered(kd_main, capsys, overrides, 
     gathered = re.search(r"gathered.*?([\d.]+) GiB", capsys.readouterr().out)
     assert gathered is not None
     assert (gathered[1] == "0.00") == none
+
+
+def test_the_experiment_for_one_gpu_of_80_gb_fits(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    found = make_plan(composed("qwen_vl_kd", "experiment=one_gpu_80"))
+    assert 60 < found.total / GIB < 80 - RESERVED_GIB
+    assert all(sum(parts.values()) <= found.total for parts in found.moments.values())
+
+
+def test_a_served_head_is_on_the_students_device(tmp_path, monkeypatch):
+    """By the config of the teacher's folder; what is not known is said not to be counted."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    made, _ = FAMILIES["qwen3_vl"]()
+    made.save_pretrained(tmp_path)
+    text = made.get_text_config()
+    served = ["teacher=server", "teacher/engine=kd"]
+    known = make_plan(composed("qwen_vl_kd", *served, f"teacher.name={tmp_path}"))
+    assert known.parts[TEACHER] == 2 * text.hidden_size * text.vocab_size  # in bfloat16
+    assert not known.not_counted
+    unknown = make_plan(composed("qwen_vl_kd", *served, "teacher.name=some/where"))
+    assert unknown.parts[TEACHER] == 0 and "the head" in unknown.not_counted[0]
+    top_k = ["teacher=server", "teacher/engine=vllm", f"teacher.name={tmp_path}"]
+    assert make_plan(composed("qwen_vl_kd", *top_k)).parts[TEACHER] == 0
 
 
 def test_the_largest_micro_batch_divides_the_rows_of_a_rank():
