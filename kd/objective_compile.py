@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from kd.objective_dense import DenseLoss, dense_chunk
 from kd.objective_loop import balanced_chunks
@@ -31,7 +32,7 @@ CPU_BLOCK_BYTES = 2 * 2**20
 EAGER_BLOCK_ROWS = 128
 """Rows per block on a GPU where there are temporaries, which this bounds."""
 
-COMPILED_IN_PLACE = torch.__version__ >= (2, 15)
+COMPILED_IN_PLACE = TorchVersion(torch.__version__) >= "2.15"
 """Whether compiled code may write the gradient over the logits: that of torch 2.11 reads them again
 afterwards, and losses are wrong by per cents. Versions between the two have not been tried."""
 

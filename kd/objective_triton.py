@@ -153,10 +153,12 @@ def _losses(
         # What (log p - log q) has besides the gap above.
         rest = ((t_top - t_shift) - (k_top - z_shift)) / temperature + (t_log - k_log)
         if formula == FORWARD_KL:
-            value = tl.sum(_scaled(moment, t_factor), 0) / t_total - rest
+            mean = tl.sum(_scaled(moment, t_factor), 0) / t_total  # pyright: ignore
+            value = mean - rest
             subtracted = value
         elif formula == REVERSE_KL:
-            value = rest - tl.sum(_scaled(moment, q_factor), 0) / k_total
+            mean = tl.sum(_scaled(moment, q_factor), 0) / k_total  # pyright: ignore
+            value = rest - mean
             subtracted = value
         else:
             teacher, subtracted = _jsd_sums(

@@ -265,7 +265,7 @@ def _room(memory: DeviceMemory, plan: Plan) -> float:
 def _fitting(config: AnyRun, rungs: list[Rung], room: float) -> Iterator[tuple[list[str], int]]:
     """Overrides and totals that fit, each less than the one before; no larger micro-batch."""
     rows, least = config.train.micro_batch_size, math.inf
-    assert config.train.grad_accum is not None  # settled when the config was checked
+    assert rows is not None and config.train.grad_accum is not None  # of a checked config
     of_a_rank = rows * config.train.grad_accum
     for rung in rungs:
         for micro in range(rows, 0, -1):

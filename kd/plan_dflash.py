@@ -92,8 +92,7 @@ def count(config: DFlashConfig, sizes: Sizes) -> Plan:
     between, after = _gradients(config, sizes, every=every)
     width = sizes.draft.config.hidden_size * len(sizes.draft.target_layer_ids)
     size = DTYPES[config.parallel.compute_dtype].itemsize
-    assert train.micro_batch_size is not None  # settled when the config was checked
-    states = size * train.micro_batch_size * config.data.max_length * width
+    states = size * rows_at_once(config) * config.data.max_length * width
     whole = target.root + draft.root
     moments = {
         # The layers' states are there twice while they are joined.
@@ -173,17 +172,23 @@ def options(config: DFlashConfig, world: World) -> tuple[Plan, list[Rung]]:
     return plan, found
 
 
+def rows_at_once(config: DFlashConfig) -> int:
+    """Those of a micro-batch."""
+    assert config.train.micro_batch_size is not None  # settled when the config was checked
+    return config.train.micro_batch_size
+
+
 def positions(config: DFlashConfig) -> int:
     """Those of the draft in a micro-batch of longest rows."""
     length = config.data.max_length
     blocks = min(config.draft.num_anchors or length, length)
-    return config.train.micro_batch_size * blocks * config.draft.block_size
+    return rows_at_once(config) * blocks * config.draft.block_size
 
 
 def kept_bytes(config: DFlashConfig, draft: Draft) -> int:
     """What the draft keeps for its backward: of the blocks, and of the context that they see."""
     size = DTYPES[config.parallel.compute_dtype].itemsize
-    tokens, places = config.train.micro_batch_size * config.data.max_length, positions(config)
+    tokens, places = rows_at_once(config) * config.data.max_length, positions(config)
     width, layer = draft.config.hidden_size, draft.layers[0]
     keys = config_keys(draft)
     of_place = kept_per_token(layer, 1, size)

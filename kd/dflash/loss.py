@@ -12,7 +12,6 @@ from __future__ import annotations
 import bisect
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -112,7 +111,10 @@ class BlockBody:
     correct_N: Tensor
     """Filled in: whether the token predicted is the response's."""
 
-    narrows_in_place: ClassVar[bool] = False
+    @property
+    def narrows_in_place(self) -> bool:
+        """It does not."""
+        return False
 
     def row_bytes(self, vocab: int) -> int:
         """Nothing next to the loop's own buffers: the gradient is made in place."""

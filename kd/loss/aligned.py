@@ -20,7 +20,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -169,7 +168,10 @@ class AlignedBody:
     """num_targets / num_kd_targets: the loop divides the gradient by num_targets."""
     _teacher_logits: Tensor | None = field(default=None, init=False, repr=False)
 
-    narrows_in_place: ClassVar[bool] = False
+    @property
+    def narrows_in_place(self) -> bool:
+        """It does not."""
+        return False
 
     def row_bytes(self, vocab: int) -> int:
         """What autograd keeps for one row of each model."""

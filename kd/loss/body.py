@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -30,7 +29,10 @@ class AutogradBody:
     temperature: float
     kd_ratio: float
 
-    narrows_in_place: ClassVar[bool] = False
+    @property
+    def narrows_in_place(self) -> bool:
+        """It does not."""
+        return False
 
     def row_bytes(self, vocab: int) -> int:
         """What autograd keeps for one row."""
