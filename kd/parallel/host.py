@@ -25,6 +25,9 @@ class HostWeights:
         on_cuda = device.type == "cuda"
         self._stream = torch.cuda.Stream(device) if on_cuda else None
         tensors = [*module.parameters(), *module.buffers()]
+        for tensor in tensors:  # on a CPU, weights may be a file that is mapped into memory
+            if not local(tensor).untyped_storage().resizable():
+                tensor.data = tensor.data.clone()
         storages = {s.data_ptr(): s for s in (local(t).untyped_storage() for t in tensors)}
         self._pairs: list[tuple[torch.UntypedStorage, torch.UntypedStorage]] = []
         for storage in storages.values():

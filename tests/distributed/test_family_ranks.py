@@ -79,6 +79,8 @@ def test_families_with_persistent_buffers_in_host_memory(train, rows, tmp_path, 
     base = [option for option in options(tmp_path, rows) if option != "student=digits_small"]
     base += ["teacher=none", "kd_ratio=0", "train.max_steps=2", "train.save_every=null"]
     base += ["student=pretrained", "validation.generate=false"]
+    # Not in float64: torch has no grouped product of experts in it.
+    base += ["parallel.compute_dtype=float32", "parallel.reduce_dtype=float32"]
     runs = {}
     for family in WITH_BUFFERS:
         write(family, tmp_path / family, seed=0)
@@ -101,4 +103,4 @@ def test_families_with_persistent_buffers_in_host_memory(train, rows, tmp_path, 
         one = train(CONFIG, family, *overrides, "train.micro_batch_size=4")
         for key in ("train/loss", "train/grad_norm", "val/loss"):
             got = metrics(tmp_path / "runs" / f"{family}_two", key)
-            assert got == pytest.approx(metrics(one, key), rel=1e-6), (family, key)
+            assert got == pytest.approx(metrics(one, key), rel=1e-5), (family, key)
