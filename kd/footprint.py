@@ -296,7 +296,8 @@ def _loss_bytes(config: VlmKDConfig, student: Sizes, teacher: Sizes | None, toke
         vocab = student.whole.vocab
         body = config.loss.meta_body(config.kd_ratio, teacher.whole.vocab if teacher else vocab)
         # A GPU reads the gradient of the logits in the precision of the head.
-        row = vocab * (FLOAT32_BYTES + narrow * (device.type == "cuda")) + body.row_bytes(vocab)
+        apart = device.type == "cuda" and not body.narrows_in_place
+        row = vocab * (FLOAT32_BYTES + narrow * apart) + body.row_bytes(vocab)
         chunk = min(max(row, chunk), tokens * row)
     head = student.whole.trained_head
     return FLOAT32_BYTES * head + max(chunk, narrow * head)
