@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import count_syncs
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
@@ -187,7 +188,6 @@ def test_generation(device, found, tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_host_syncs(device, found, tmp_path, family):
     """Of the second step, by the line that waits; on a CPU, what would wait on a GPU."""
-    count_syncs = pytest.importorskip("count_syncs", reason="scripts/count_syncs.py is not here")
     with recipe(tmp_path, family, device) as made:
         syncs = count_syncs.count(made, steps=1)
     found(f"{family}: host syncs of a step of 2 micro-batches", syncs.total())
