@@ -54,7 +54,7 @@ def add_parts(table: Table, parts: dict[str, int], names: dict[str, str]) -> Non
 
 
 @dataclass(frozen=True)
-class Rung:
+class MemoryOption:
     """Settings that take less memory than those before."""
 
     overrides: list[str]

@@ -30,7 +30,7 @@ from kd.checkpoint import Checkpoints
 from kd.config import AnyRun
 from kd.dflash import Target, read_blocks
 from kd.doctor import Doctor
-from kd.memory_estimate import GIB, Plan, Rung
+from kd.memory_estimate import GIB, MemoryOption, Plan
 from kd.model import VLM, Student, check_images, export
 from kd.objective import chunked_objective
 from kd.optim import clip_gradients
@@ -43,7 +43,7 @@ from kd.validation_dflash import DraftEvaluator
 
 log = logging.getLogger("kd")
 
-Options = Callable[[Any, World], tuple[Plan, list[Rung]]]
+Options = Callable[[Any, World], tuple[Plan, list[MemoryOption]]]
 """Of a config: its plan, and settings that take less, from the fastest to the slowest."""
 
 OTHERS_WAIT_S = 10.0
@@ -233,8 +233,8 @@ def explanation(
     """Line by line: the device, what a step holds by the memory estimate, and what would fit."""
     yield from memory.lines()
     try:
-        plan, rungs = options(config, world)
-        found = _fitting(config, rungs, _room(memory, plan))
+        plan, memory_options = options(config, world)
+        found = _fitting(config, memory_options, _room(memory, plan))
         fitting = list(itertools.islice(found, SHOWN))
     except Exception as error:  # of any kind: what is wrong is the memory
         yield f"no memory estimate: {str(error).partition(chr(10))[0] or type(error).__name__}"
@@ -262,20 +262,22 @@ def _room(memory: DeviceMemory, plan: Plan) -> float:
     return min(plan.total - 1, memory.total - memory.others - RESERVED_GIB * GIB)
 
 
-def _fitting(config: AnyRun, rungs: list[Rung], room: float) -> Iterator[tuple[list[str], int]]:
+def _fitting(
+    config: AnyRun, memory_options: list[MemoryOption], room: float
+) -> Iterator[tuple[list[str], int]]:
     """Overrides and totals that fit, each less than the one before; no larger micro-batch."""
     rows, least = config.train.micro_batch_size, math.inf
     assert rows is not None and config.train.grad_accum is not None  # of a checked config
     of_a_rank = rows * config.train.grad_accum
-    for rung in rungs:
+    for option in memory_options:
         for micro in range(rows, 0, -1):
-            total = rung.plan(micro).total
+            total = option.plan(micro).total
             if of_a_rank % micro == 0 and total <= room and total < least:
                 split = [
                     f"train.micro_batch_size={micro}",
                     f"train.grad_accum={of_a_rank // micro}",
                 ]
-                yield [*(split if micro < rows else []), *rung.overrides], total
+                yield [*(split if micro < rows else []), *option.overrides], total
                 least = total
                 break
 

@@ -25,8 +25,8 @@ from kd.config_dflash import register_dflash
 from kd.flops import Row, Work
 from kd.footprint import measure, pretend_ranks, served_head
 from kd.launch import command_mistakes, config_dir, job_mistakes, set_up_messages
-from kd.memory_estimate import GIB, Rung, largest_micro_batch
-from kd.memory_options import SERVED, rows_per_step, rungs
+from kd.memory_estimate import GIB, MemoryOption, largest_micro_batch
+from kd.memory_options import SERVED, memory_options, rows_per_step
 from kd.model import FrozenVLM, Student
 from kd.objective_loop import default_budget_mib
 from kd.parallel import RESERVED_GIB
@@ -56,19 +56,19 @@ class Planner:
         self.chunk_mib = config.loss.chunk_mib or default_budget_mib(torch.device("cuda"))
         self.checkpoints = config.parallel.activation_checkpointing
 
-    def on(self, gpus: int) -> list[tuple[Rung, int]]:
-        """The rungs for so many GPUs, with the largest micro-batch of each."""
+    def on(self, gpus: int) -> list[tuple[MemoryOption, int]]:
+        """The memory_options for so many GPUs, with the largest micro-batch of each."""
         config = copy.deepcopy(self.config)
         config.parallel.nproc = gpus
         config.loss.chunk_mib = self.chunk_mib
         with pretend_ranks(config.parallel) as world:
             sizes = measure(config, world, with_kernels=self.with_kernels)
         most = -(-rows_per_step(config) // gpus)
-        found: list[tuple[Rung, int]] = []
-        for rung in rungs(config, *sizes, served_head(config) or 0):
-            rows = largest_micro_batch(rung.plan, self.room, most)
-            if not found or _saves(rung, rows, *found[-1]):
-                found.append((rung, rows))
+        found: list[tuple[MemoryOption, int]] = []
+        for option in memory_options(config, *sizes, served_head(config) or 0):
+            rows = largest_micro_batch(option.plan, self.room, most)
+            if not found or _saves(option, rows, *found[-1]):
+                found.append((option, rows))
         return found
 
     def seconds(self, gpus: int, *, checkpointing: bool) -> float:
@@ -76,7 +76,7 @@ class Planner:
         return self.operations[checkpointing] / (gpus * self.tflops * 1e12)
 
     def fitting(self, more_than: int) -> int | None:
-        """The least number of GPUs, by doubling, on which one of the rungs fits."""
+        """The least number of GPUs, by doubling, on which one of the memory_options fits."""
         gpus = 2 * more_than
         while gpus <= MOST_GPUS:
             if any(rows for _, rows in self.on(gpus)):
@@ -85,9 +85,9 @@ class Planner:
         return None
 
 
-def _saves(rung: Rung, rows: int, before: Rung, rows_before: int) -> bool:
+def _saves(option: MemoryOption, rows: int, before: MemoryOption, rows_before: int) -> bool:
     least = max(1, rows)
-    return rows > rows_before or rung.plan(least).total < before.plan(least).total
+    return rows > rows_before or option.plan(least).total < before.plan(least).total
 
 
 def operations(config: VlmKDConfig, row: Row) -> tuple[float, float]:
@@ -114,18 +114,18 @@ def show(planner: Planner, gpus: int, console: Console) -> None:
     for name in ("micro-batch", "GiB on a rank", "step, s"):
         table.add_column(name, justify="right")
     found, suggested = planner.on(gpus), None
-    for rung, rows in found:
-        plan = rung.plan(max(1, rows))
-        checkpointing = planner.checkpoints or CHECKPOINTS in rung.overrides
+    for option, rows in found:
+        plan = option.plan(max(1, rows))
+        checkpointing = planner.checkpoints or CHECKPOINTS in option.overrides
         seconds = f"{planner.seconds(gpus, checkpointing=checkpointing):.2f}" if rows else ""
-        if SERVED in rung.overrides or CPU_OFFLOAD in rung.overrides:
+        if SERVED in option.overrides or CPU_OFFLOAD in option.overrides:
             seconds = ""  # of the student alone, or with the bus between: not known from counts
-        name = "\n".join(rung.overrides) or "baseline"
+        name = "\n".join(option.overrides) or "baseline"
         table.add_row(name, str(rows or "does not fit"), f"{plan.total / GIB:.1f}", seconds)
         table.add_section()
         if rows and suggested is None:
             suggested = [f"parallel.nproc={gpus}", f"train.micro_batch_size={rows}"]
-            suggested += [f"loss.chunk_mib={planner.chunk_mib}", *rung.overrides]
+            suggested += [f"loss.chunk_mib={planner.chunk_mib}", *option.overrides]
     console.print(table)
     if suggested is not None:
         console.print(f"suggested: {' '.join(suggested)}\n", soft_wrap=True)

@@ -21,8 +21,8 @@ from kd.memory_estimate import (
     GRADIENTS,
     LOSS,
     OPTIMIZER,
+    MemoryOption,
     Plan,
-    Rung,
     add_parts,
 )
 from kd.objective_loop import default_budget_mib
@@ -140,7 +140,7 @@ def _gradients(config: DFlashConfig, sizes: Sizes, *, every: bool) -> tuple[int,
     return after, after
 
 
-def options(config: DFlashConfig, world: World) -> tuple[Plan, list[Rung]]:
+def options(config: DFlashConfig, world: World) -> tuple[Plan, list[MemoryOption]]:
     """The config's own plan, and what can be changed in a run that has begun.
 
     Counted on the ranks of the run, without memory of their devices.
@@ -150,16 +150,16 @@ def options(config: DFlashConfig, world: World) -> tuple[Plan, list[Rung]]:
     rows_of_a_rank = config.train.micro_batch_size * config.train.grad_accum
     plan, mine, overrides, found = count(config, sizes), copy.deepcopy(config), [], []
 
-    def rung() -> Rung:
+    def option() -> MemoryOption:
         its = copy.deepcopy(mine)
 
         def plan(rows: int) -> Plan:
             its.train.micro_batch_size, its.train.grad_accum = rows, rows_of_a_rank // rows
             return count(its, sizes)
 
-        return Rung(list(overrides), plan)
+        return MemoryOption(list(overrides), plan)
 
-    found.append(rung())
+    found.append(option())
     for group, key in (
         (mine.parallel, "parallel.sync_every_micro_batch"),
         (mine.target, "target.cpu_offload"),
@@ -168,7 +168,7 @@ def options(config: DFlashConfig, world: World) -> tuple[Plan, list[Rung]]:
         if not getattr(group, key.split(".")[1]):
             setattr(group, key.split(".")[1], True)
             overrides.append(f"{key}=true")
-            found.append(rung())
+            found.append(option())
     return plan, found
 
 

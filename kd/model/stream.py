@@ -86,7 +86,7 @@ class WeightStream:
         return {name: value for name, value in state.items() if name not in ignored}
 
     def _value(self, shards: list[Tensor]) -> Tensor:
-        """The whole tensor made from these. Collective; on rank 0 only it is of use."""
+        """The whole tensor made from these. Collective; it is the result on rank 0 alone."""
         if len(shards) == 1:
             # Cast before it is gathered: half the traffic, and never a whole tensor in float32.
             return _whole(shards[0].to(self.world.device, self._dtype(shards[0])))
