@@ -29,11 +29,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:Runtim
 
 @pytest.mark.skipif(IN_INTERPRETER, reason="would start itself")
 def test_in_the_interpreter():
-    options = "-q", "-p", "no:cacheprovider", "-p", "no:xdist"
+    options = "-p", "no:cacheprovider", "-p", "no:xdist"
     env = environment(TRITON_INTERPRET="1")
     done = completed(*python("-m", "pytest", *options, __file__), env=env)
     assert done.returncode == 0, done.stdout
-    assert " passed" in done.stdout and "2 skipped" in done.stdout
+    assert " passed, 5 skipped" in done.stdout, done.stdout
 
 
 @interpreted

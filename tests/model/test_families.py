@@ -471,7 +471,11 @@ def test_the_memory_estimate_counts_the_groups_there_are(
     }
     root = sizes.pop(vlm._get_fsdp_state())
     tower = sizes.pop(blocks(model.get_encoder(modality="image"))[0]._get_fsdp_state())
+    embedding = model.get_input_embeddings()
+    apart = sizes.pop(embedding._get_fsdp_state()) if isinstance(embedding, FSDPModule) else 0
     largest = max(*sizes.values(), 0 if frozen else tower)
-    assert (counted.root, counted.largest_block) == (root, largest)
-    assert counted.tower == tower * frozen
-    assert counted.gathered_by(vlm) == root + largest + max(largest, tower)
+    assert counted.root.parameters == root and counted.embedding.parameters == apart
+    assert counted.block.parameters == largest
+    assert counted.tower.parameters == (tower if frozen else 0)
+    held = counted.gathered(vlm, ParallelConfig(device="cpu"))  # float32
+    assert held.start == 4 * max(apart, counted.tower.parameters)
