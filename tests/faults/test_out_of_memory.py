@@ -15,6 +15,7 @@ import pytest
 
 from kd import footprint, memory_options, plan_dflash
 from kd.out_of_memory import DeviceMemory, explanation, is_of_device, is_of_host
+from kd.process import ALLOCATOR
 from kd.rundir import _flat, differences
 from tests.configs.test_yaml import composed
 from tests.conftest import FAST, metrics
@@ -126,13 +127,17 @@ def as_words(overrides: dict[str, str]) -> list[str]:
     return [f"{key}={value}" for key, value in overrides.items()]
 
 
-def test_figures_of_the_device():
+def test_figures_of_the_device(monkeypatch):
     memory = DeviceMemory.of(MESSAGES["cuda"])
     assert (memory.total, memory.allocated) == (int(79.15 * 2**30), int(69.5 * 2**30))
     assert memory.others == pytest.approx(8 * 2**30, abs=0.01 * 2**30)
     assert not memory.is_fragmented
     assert DeviceMemory.of(MESSAGES["fragmented"]).is_fragmented
-    assert any("expandable_segments" in x for x in DeviceMemory.of(MESSAGES["fragmented"]).lines())
+    fragmented = DeviceMemory.of(MESSAGES["fragmented"])
+    assert not any("expandable_segments" in line for line in fragmented.lines())  # set by kd
+    for name in ALLOCATOR:
+        monkeypatch.delenv(name, raising=False)
+    assert any("set PYTORCH_ALLOC_CONF=expandable_segments" in line for line in fragmented.lines())
     nothing = DeviceMemory.of("CUDA error: out of memory")
     assert nothing.total is None and not list(nothing.lines()) and not nothing.is_fragmented
 

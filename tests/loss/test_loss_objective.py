@@ -334,14 +334,15 @@ def test_no_whole_tensor_between_sweeps_on_a_gpu(monkeypatch, name, temperature)
     z, t = torch.randn(2, rows, vocab).unbind()
     labels, loss = torch.arange(rows), DenseLoss(name, 0.5, temperature, 0.5)
     buffers = {}
-    for options in (None, dict(GPU_OPTIONS)):
+    by_default = [None] if name == "jsd" and temperature == 2 else []  # compiling takes seconds
+    for options in (dict(GPU_OPTIONS), *by_default):
         torch._dynamo.reset()
         with torch._inductor.config.patch(force_disable_caches=True):
             function = torch.compile(dense_chunk, dynamic=False, fullgraph=True, options=options)
             _, (code,) = run_and_get_code(function, z.clone(), t, labels, z.clone(), loss)
         buffers[options is None] = code.count(f"empty_strided_cpu(({rows}, {vocab})")
     assert buffers[False] == 0
-    assert buffers[True] == 0 if name == "forward_kl" else buffers[True] > 0
+    assert not by_default or buffers[True] > 0
 
 
 def test_many_configurations_stay_compiled():

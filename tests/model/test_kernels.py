@@ -17,7 +17,7 @@ from kd.parallel import ParallelConfig, World
 from kd.types import Batch, UserError
 from tests.model.conftest import ROWS
 from tests.model.families import FAMILIES, write
-from tests.model.kernels import with_kernels, without_kernels
+from tests.model.kernel_standins import with_kernels, without_kernels
 from tests.model.test_families import by_row, in_double
 
 BOTH = {"fla", "causal_conv1d"}

@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel
 from kd.parallel import ParallelConfig, blocks, compile_blocks
 from kd.parallel import compile as compiling
 from tests.model.families import FAMILIES
-from tests.model.kernels import with_kernels
+from tests.model.kernel_standins import with_kernels
 
 # Several rows and one row first: torch makes a graph of each. Never as many rows as there are heads
 # (2, 4): equal sizes are one to it, which here would be chance.

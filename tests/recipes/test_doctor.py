@@ -20,7 +20,7 @@ from kd.run import config_dir
 from kd.types import Sample, UserError
 from recipes.vlm_kd import VlmKD
 from tests.model.families import FAMILIES, write
-from tests.model.kernels import with_kernels, without_kernels
+from tests.model.kernel_standins import with_kernels, without_kernels
 
 
 @pytest.fixture(scope="module")
